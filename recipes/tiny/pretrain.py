@@ -1,0 +1,159 @@
+"""Train the embedded tiny reasoning model from scratch.
+
+    python recipes/tiny/pretrain.py --output vkvtrain/tiny/model
+
+Runs on two CPU cores in under half an hour, writes the model (safetensors), its tokenizer, `training_log.jsonl` and
+the model card. Full cache throughout: the embedded model knows nothing of eviction.
+"""
+
+import json
+import math
+import random
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import tyro
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from vkvtrain.tiny.task import ALPHABET, END_THINK, MAX_PAIRS, THINK, grade, problem, problems
+
+
+@dataclass
+class Settings:
+    output: Path
+    """Directory to write the model to."""
+    steps: int = 2000
+    """Optimiser steps once the curriculum has reached full length."""
+    patience: int = 4000
+    """Give up if the curriculum has not reached full length after so many steps."""
+    batch_tokens: int = 4096
+    """Tokens per step; a batch holds problems of one length."""
+    learning_rate: float = 2e-3
+    """Peak learning rate: linear warm-up over 100 steps, cosine to zero over the steps at full length."""
+    seed: int = 0
+    """Seed of the weights and of the data."""
+    evaluate: int = 500
+    """Validation and test problems for the numbers in the card, answered by greedy generation."""
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a character; `<think>` and `</think>` are tokens of their own; a beginning-of-text token is added."""
+    words = ["<pad>", "<bos>", "<eos>", THINK, END_THINK, *ALPHABET]
+    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(f"{THINK}|{END_THINK}|."), "isolated")
+    tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>",
+        padding_side="left", clean_up_tokenization_spaces=False, model_max_length=512,
+    )  # fmt: skip
+
+
+def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
+    config = Qwen3Config(
+        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=32, max_position_embeddings=512, rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        tie_word_embeddings=True, pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id, attention_dropout=0.0,
+    )  # fmt: skip
+    return Qwen3ForCausalLM(config)
+
+
+@torch.no_grad()
+def accuracy(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, split, seed: int, count: int) -> dict[str, float]:
+    """Share of problems whose total, and whose passcode, free greedy generation gets right."""
+    model.eval()
+    samples = list(problems(split, seed, count))
+    scores = []
+    for start in range(0, count, 250):
+        chunk = samples[start : start + 250]
+        batch = tokenizer([sample.prompt for sample in chunk], return_tensors="pt", padding=True, return_token_type_ids=False)
+        out = model.generate(**batch, max_new_tokens=128, do_sample=False)
+        texts = tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+        scores += [grade(text, sample.answer, sample.passcode) for text, sample in zip(texts, chunk, strict=True)]
+    model.train()
+    return {"exact_match": sum(s[0] for s in scores) / count, "fact_match": sum(s[1] for s in scores) / count}
+
+
+@dataclass
+class Curriculum:
+    """Short chains first: looking the next key up is found within minutes on three pairs, and hardly ever on thirty-two."""
+
+    longest: int = 3
+    smoothed: float = 10.0
+
+    def pairs(self, rng: random.Random) -> int:
+        return self.longest if rng.random() < 0.5 else rng.randint(max(1, self.longest // 2), self.longest)
+
+    def observe(self, loss: float) -> None:
+        """Lengthen once the present length is solved."""
+        self.smoothed = 0.8 * self.smoothed + 0.2 * loss
+        if self.smoothed < 0.08 and self.longest < MAX_PAIRS:
+            self.longest = min(MAX_PAIRS, self.longest + max(1, self.longest // 6))
+            self.smoothed = 0.2
+
+
+def main(settings: Settings) -> None:
+    torch.manual_seed(settings.seed)
+    rng = random.Random(settings.seed)
+    tokenizer = build_tokenizer()
+    model = build_model(tokenizer)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
+    settings.output.mkdir(parents=True, exist_ok=True)
+    begin, index, step, full_length_from, losses = time.monotonic(), 0, 0, None, []
+    curriculum = Curriculum()
+    with (settings.output / "training_log.jsonl").open("w") as log:
+        while full_length_from is None or step < full_length_from + settings.steps:
+            if full_length_from is None and curriculum.longest == MAX_PAIRS:
+                full_length_from = step
+            if full_length_from is None and step >= settings.patience:
+                raise SystemExit(f"not at full length after {step} steps: raise --patience or change --seed")
+            progress = 0.0 if full_length_from is None else (step - full_length_from) / settings.steps
+            rate = settings.learning_rate * min(1.0, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * progress))
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            pairs = curriculum.pairs(rng)
+            rows = settings.batch_tokens // (5 * pairs + 12)
+            batch = [problem("train", settings.seed, index + row, pairs) for row in range(rows)]
+            index += rows
+            ids = tokenizer([b.prompt + b.response + "<eos>" for b in batch], return_tensors="pt", return_token_type_ids=False)["input_ids"]
+            labels = ids.clone()
+            labels[:, : 2 * pairs + 5] = -100  # bos, @, two digits, the pairs, ?
+            loss = model(input_ids=ids, labels=labels).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            losses.append(loss.item())
+            curriculum.observe(losses[-1])
+            step += 1
+            last = full_length_from is not None and step == full_length_from + settings.steps
+            if step % 50 == 0 or last:
+                row = {
+                    "step": step,
+                    "loss": round(sum(losses) / len(losses), 5),
+                    "longest": curriculum.longest,
+                    "seconds": round(time.monotonic() - begin),
+                }
+                losses = []
+                if step % 500 == 0 or last:
+                    row |= accuracy(model, tokenizer, "validation", settings.seed, 100)
+                    model.save_pretrained(settings.output)
+                log.write(json.dumps(row) + "\n")
+                log.flush()
+                print(row, flush=True)
+    model.generation_config = GenerationConfig(
+        do_sample=False, pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id
+    )
+    model.save_pretrained(settings.output)
+    tokenizer.save_pretrained(settings.output)
+    final = {split: accuracy(model, tokenizer, split, settings.seed, settings.evaluate) for split in ("validation", "test")}
+    print(json.dumps(final), flush=True)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Settings, description=__doc__))

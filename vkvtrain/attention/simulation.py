@@ -1,0 +1,217 @@
+"""Simulated eviction: one parallel pass in which every query sees what it would see while decoding.
+
+The state of a simulation is reached from the attention module, through a weak map filled from `model.modules()`: recomputation
+under gradient checkpointing runs in an autograd worker thread on CUDA, where thread-local state and context variables
+are not to be had.
+"""
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from vkvtrain.attention import reference, segments
+from vkvtrain.config import EvictionConfig
+from vkvtrain.events import Chunks, normalise_chunks
+from vkvtrain.lifetimes import Plan, lifetimes, make_plan, never_evicted
+from vkvtrain.noise import Stream, stream_key
+from vkvtrain.selection import Selector
+from vkvtrain.support import check_attention, evicting_layers
+
+BACKENDS = {"reference": reference.attend, "segments": segments.attend}
+
+_simulations: "WeakKeyDictionary[nn.Module, Trace]" = WeakKeyDictionary()
+"""The simulation that each attention module is in, or was in when it last ran."""
+_by_config: "dict[int, Trace]" = {}
+"""Open simulations by the identity of the model configuration, which is all that a mask function is told."""
+
+
+def simulation_of(module: nn.Module) -> "Trace | None":
+    """The simulation that an attention call on `module` belongs to, if any.
+
+    Raises:
+        RuntimeError: in a backward pass, after the simulation that the forward ran in was left.
+    """
+    trace = _simulations.get(module)
+    if trace is None:
+        return None
+    if trace.closed:
+        if in_backward():
+            raise RuntimeError(
+                "the backward pass recomputes a layer whose simulated_eviction block has been left: call "
+                "loss.backward() inside the block"
+            )
+        del _simulations[module]
+        return None
+    return None if trace.is_suspended else trace
+
+
+def simulation_of_config(config: Any) -> "Trace | None":
+    """The open simulation of a model, by its configuration object."""
+    trace = _by_config.get(id(config))
+    return None if trace is None or trace.is_suspended else trace
+
+
+def in_backward() -> bool:
+    """Whether this thread is inside a backward pass (torch.utils.checkpoint asks in the same way)."""
+    return torch._C._current_graph_task_id() != -1
+
+
+class Trace:
+    """What a simulation did. Readable after its block has been left.
+
+    Attributes:
+        evict_at: of each layer that has run, int64 [B, Hkv, S]: the first query position that no longer sees the key;
+            S + 1 where never, 0 at padding.
+        backend: the attention backend in use.
+        closed: whether the block has been left.
+    """
+
+    def __init__(
+        self,
+        config: EvictionConfig,
+        evicts: Sequence[bool],
+        prompts: Sequence[int | Chunks],
+        streams: Sequence[Stream] | None,
+        backend: str,
+    ) -> None:
+        self.evict_at: dict[int, Tensor] = {}
+        self.backend = backend
+        self.closed = False
+        self.is_suspended = False
+        self._config = config
+        self._evicts = evicts
+        self._prompts = prompts
+        self._streams = range(len(prompts)) if streams is None else streams
+        self._selector = Selector(config) if config.evicts else None
+        self._plan: Plan | None = None
+
+    @contextmanager
+    def suspended(self) -> Iterator[None]:
+        """Attention is full inside: for a teacher's forward pass, without gradients."""
+        self.is_suspended = True
+        try:
+            yield
+        finally:
+            self.is_suspended = False
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+        """Attention output [B, S, Hq, D] of a layer; decides its `evict_at` unless this is a recomputation."""
+        if query.shape[2] != key.shape[2]:
+            raise ValueError("simulated_eviction needs the whole sequence in one pass: leave past_key_values out")
+        if layer not in self.evict_at:
+            plan = self._plan_of(mask, key.shape[0], key.shape[2], key.device)
+            self.evict_at[layer] = self._decide(layer, query, key, value, plan, scaling)
+        elif not in_backward():
+            raise RuntimeError(
+                f"layer {layer} ran twice in one simulated_eviction block: open a block for each forward pass, and run a "
+                "teacher before it or inside trace.suspended()"
+            )
+        assert self._plan is not None
+        return BACKENDS[self.backend](query, key, value, self.evict_at[layer], self._plan, scaling)
+
+    def _decide(self, layer: int, query: Tensor, key: Tensor, value: Tensor, plan: Plan, scaling: float) -> Tensor:
+        if self._selector is None or not self._evicts[layer]:
+            return never_evicted(plan, key.shape[1])
+        return lifetimes(query, key, value, plan, self._selector, layer, scaling)
+
+    def _plan_of(self, mask: Tensor | None, rows: int, width: int, device: torch.device) -> Plan:
+        if self._plan is None:
+            if rows != len(self._prompts):
+                raise ValueError(f"prompt_lengths has {len(self._prompts)} entries for a batch of {rows} rows: give one each")
+            lengths = [width] * rows if mask is None else _right_padded_lengths(mask, rows, width)
+            self._plan = make_plan(self._config, self._prompts, self._streams, lengths, width, device)
+        elif self._plan.width != width or len(self._plan.rows) != rows:
+            raise ValueError("the layers of one simulated pass saw batches of different shapes")
+        return self._plan
+
+
+def _right_padded_lengths(mask: Tensor, rows: int, width: int) -> list[int]:
+    if tuple(mask.shape) != (rows, width):
+        raise ValueError(
+            f"simulated_eviction needs a two-dimensional attention_mask [{rows}, {width}], got {list(mask.shape)}"
+        )
+    mask = mask.bool()
+    if bool((mask[:, 1:] & ~mask[:, :-1]).any()) or not bool(mask[:, 0].all()):
+        raise ValueError("simulated_eviction needs right-padded rows: set the tokenizer's padding_side to 'right'")
+    return mask.sum(-1).tolist()
+
+
+@contextmanager
+def simulated_eviction(
+    model: nn.Module,
+    config: EvictionConfig,
+    prompt_lengths: Sequence[int | Chunks],
+    streams: Sequence[Stream] | None = None,
+    backend: str = "auto",
+) -> Iterator[Trace]:
+    """Within the block, one forward pass of `model` sees what decoding with `EvictionCache` would see.
+
+    The backward pass belongs inside too: gradient checkpointing recomputes there. Rows are right-padded.
+
+    Args:
+        model: a transformers model loaded with `attn_implementation="vkvtrain"`, PEFT and other wrappers included.
+        config: the eviction setting.
+        prompt_lengths: of each row the length of its prompt, or a list of (start, end) chunks that decoding would append
+            without eviction.
+        streams: names each row's randomness, ints or tuples of ints; default 0, 1, ...
+        backend: `segments`, `reference`, or `auto` (the fastest here; never `reference`).
+
+    Yields:
+        The trace: `evict_at` of each layer, `suspended()` for a teacher's pass.
+
+    Raises:
+        ValueError: a model that cannot evict or whose attention is another one, or settings that do not fit the batch.
+        RuntimeError: a second forward pass in the block, or a backward pass after it.
+    """
+    if backend != "auto" and backend not in BACKENDS:
+        raise ValueError(f"backend must be auto, {' or '.join(BACKENDS)}, got {backend!r}")
+    prompts = [prompt if isinstance(prompt, int) else normalise_chunks(prompt) for prompt in prompt_lengths]
+    for prompt in prompts:
+        if isinstance(prompt, int) and prompt < 1:
+            raise ValueError(f"prompt_lengths must be positive, got {prompt}")
+    if streams is not None:
+        if len(streams) != len(prompts):
+            raise ValueError(f"streams has {len(streams)} entries for {len(prompts)} prompt_lengths: give one each")
+        for stream in streams:
+            stream_key(config.seed, stream)
+    modules = attention_modules(model)
+    if not modules:
+        raise ValueError("simulated_eviction found no attention layers in the model: pass a transformers decoder model")
+    model_config: Any = modules[0].config
+    check_attention(model_config, "simulated_eviction")
+    evicts = evicting_layers(model_config, config)
+    for module in modules:
+        outer = _simulations.get(module)
+        if outer is not None and not outer.closed:
+            raise RuntimeError("the model is in a simulated_eviction block already: leave that one first")
+    trace = Trace(config, evicts, prompts, streams, "segments" if backend == "auto" else backend)
+    configs = {id(module.config): module.config for module in modules}  # kept alive by the modules
+    _simulations.update(dict.fromkeys(modules, trace))
+    _by_config.update(dict.fromkeys(configs, trace))
+    try:
+        yield trace
+    finally:
+        trace.closed = True
+        for identity in configs:
+            _by_config.pop(identity, None)
+
+
+def attention_modules(model: nn.Module) -> list[Any]:
+    """The attention modules of a transformers model: they have a `layer_idx` and a configuration, and their forward takes
+    a cache."""
+    return [
+        module
+        for module in model.modules()
+        if "layer_idx" in vars(module) and "config" in vars(module) and _takes_a_cache(type(module))
+    ]
+
+
+@cache
+def _takes_a_cache(kind: type[nn.Module]) -> bool:
+    return "past_key_values" in inspect.signature(kind.forward).parameters

@@ -1,0 +1,436 @@
+"""Decoding: a `transformers` cache that evicts.
+
+`model.generate(..., past_key_values=EvictionCache(config, model.config))`. Attention modules call `update`, then the
+attention function; the key tensor that `update` returns carries its cache layer (`layer_of`), so the attention function
+can hand the layer the query, the mask and the scaling without a hook on the model. Knows nothing of training.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from vkvtrain.config import EvictionConfig
+from vkvtrain.events import is_due
+from vkvtrain.noise import NoiseSource, Stream, stream_key
+from vkvtrain.policies import Candidates
+from vkvtrain.selection import Selector
+from vkvtrain.support import check_attention, evicting_layers
+
+_LAYER = "_vkvtrain_cache_layer"
+_GROWTH = 256
+"""Entries by which the storage of a layer that keeps everything grows."""
+
+
+def layer_of(key: Tensor) -> "EvictionLayer | None":
+    """The cache layer that returned this key tensor from `update`, if any."""
+    return getattr(key, _LAYER, None)
+
+
+def score_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that scores are computed in: float32, float64 for a float64 model."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class _Shared:
+    """What the layers of a cache have in common. Holds no tensors of a sequence and no layers."""
+
+    def __init__(self, config: EvictionConfig, streams: Sequence[Stream] | None) -> None:
+        self.config = config
+        self.selector = Selector(config) if config.evicts else None
+        self.streams = None if streams is None else list(streams)
+        self.awaiting: int | None = None
+        self._index: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
+        self._lengths: tuple[Tensor, list[int]] | None = None
+
+    def index(self, values: Sequence[int], device: torch.device) -> Tensor:
+        """Python ints as an int64 tensor; the layers of a step ask for the same ones, which are copied once."""
+        wanted = (tuple(values), device)
+        if wanted not in self._index:
+            if len(self._index) >= 64:
+                self._index.clear()
+            self._index[wanted] = torch.tensor(wanted[0], dtype=torch.int64, device=device)
+        return self._index[wanted]
+
+    def row_lengths(self, mask: Tensor | None, rows: int, width: int) -> list[int]:
+        """Tokens of each left-padded row of a prompt, from the last query row of its mask; one transfer a prompt."""
+        if mask is None:
+            return [width] * rows
+        if self._lengths is None or self._lengths[0] is not mask:
+            seen = mask[:, 0, -1, -width:].bool()
+            if bool((seen[:, :-1] & ~seen[:, 1:]).any()):
+                raise ValueError("EvictionCache needs left-padded prompts: set the tokenizer's padding_side to 'left'")
+            lengths = seen.sum(-1).expand(rows).tolist()
+            if 0 in lengths:
+                raise ValueError(f"row {lengths.index(0)} of the prompt is all padding: give every row a token")
+            self._lengths = (mask, lengths)
+        return self._lengths[1]
+
+    def keys(self, rows: int) -> list[tuple[int, int]]:
+        """The Philox key of each row; several rows per stream are repeats of it."""
+        streams = range(rows) if self.streams is None else self.streams
+        if rows % len(streams):
+            raise ValueError(
+                f"streams has {len(streams)} entries for a batch of {rows} rows: give one stream for each prompt"
+            )
+        repeats = rows // len(streams)
+        named = [stream if repeats == 1 else (stream, repeat) for stream in streams for repeat in range(repeats)]
+        return [stream_key(self.config.seed, stream) for stream in named]
+
+
+class EvictionLayer(CacheLayerMixin):
+    """One layer's entries: storage [rows, Hkv, capacity, D], each row's entries in the first `live[row]` slots.
+
+    All counters are Python ints that are known without asking the device.
+    """
+
+    is_compileable = False
+    is_croppable = False
+    is_sliding = False
+    supports_early_init = False
+
+    def __init__(self, shared: _Shared, index: int, evicts: bool) -> None:
+        super().__init__()
+        self.shared = shared
+        self.index = index
+        self.selector = shared.selector if evicts else None
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the sequences."""
+        self.keys = self.values = self.entry_positions = self.queries = None
+        self.is_initialized = False
+        self.columns = 0
+        self.prompts: list[int] = []
+        self.seen: list[int] = []
+        self.live: list[int] = []
+        self.peak: list[int] = []
+        self.events: list[int] = []
+        self.decoded = False
+
+    # What transformers asks of a layer
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Storage is made when the prompt has been attended, because only its mask tells the rows' lengths."""
+
+    def get_seq_length(self) -> int:
+        """Tokens seen, padding columns included (not entries held)."""
+        return self.columns
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """(width, offset) of the masks that transformers makes: of the new tokens among themselves.
+
+        Which entries a query sees is known here, so the mask has only to tell padding.
+        """
+        return query_length, self.columns
+
+    def get_max_length(self) -> int:
+        return -1
+
+    get_max_cache_shape = get_max_length
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Take the new tokens' keys and values [rows, Hkv, q, D]; returns what they attend to."""
+        rows, _, new, _ = key_states.shape
+        if new == 0:
+            raise ValueError("EvictionCache was given no tokens: pass at least one")
+        if not self.is_initialized:
+            keys, values = key_states.view(key_states.shape), value_states
+        else:
+            if rows != len(self.live):
+                raise ValueError(
+                    f"this EvictionCache holds {len(self.live)} rows and was given {rows}: make a new cache, or call "
+                    "cache.reset(streams=...) to start afresh"
+                )
+            if new > 1 and not self.decoded:
+                raise ValueError(
+                    "EvictionCache was given a second chunk before any token was decoded: pass the whole prompt at "
+                    "once (prefill_chunk_size is not supported)"
+                )
+            keys, values = self._append(key_states, value_states)
+        setattr(keys, _LAYER, self)
+        return keys, values
+
+    def reorder_cache(self, beam_idx: Tensor) -> NoReturn:
+        raise ValueError("beam search does not work with EvictionCache: use num_beams=1")
+
+    def crop(self, tokens_to_remove: int) -> NoReturn:
+        raise ValueError("EvictionCache cannot be cropped: evicted entries are gone (assisted decoding needs cropping)")
+
+    def batch_repeat_interleave(self, repeats: int) -> NoReturn:
+        raise ValueError("EvictionCache cannot repeat its rows: use num_return_sequences, or repeat the prompts")
+
+    def batch_select_indices(self, indices: Tensor) -> NoReturn:
+        raise ValueError("EvictionCache cannot select rows: make a new cache for other rows")
+
+    # What the attention function asks of a layer
+
+    def attend(
+        self, module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
+        scaling: float, dropout: float,
+    ) -> Tensor:  # fmt: skip
+        """Attention output [rows, q, Hq, D] of the tokens just given to `update`; then the events that are due.
+
+        Args:
+            module: the attention module.
+            query: [rows, Hq, q, D].
+            key, value: what `update` returned, [rows, Hkv, entries, D].
+            mask: of the new tokens among themselves, bool [rows, 1, q, q], or None without padding.
+        """
+        new = query.shape[2]
+        self.shared.awaiting = None
+        if not self.is_initialized:
+            out, _ = sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scaling)
+            self._take_prompt(query, key, value, mask)
+            return out
+        if mask is not None and not bool(mask[:, 0, -1, -new:].all()):
+            raise ValueError("padding among tokens that continue a sequence: continue rows with equally many tokens")
+        entries = key.shape[2]
+        before = [live - new for live in self.live]
+        if new == 1 and min(self.live) == entries:
+            visible = None
+        else:
+            slots = torch.arange(entries, device=key.device)
+            last = self.shared.index(before, key.device)[:, None, None, None]
+            visible = slots <= last + torch.arange(new, device=key.device)[:, None]
+        out, _ = sdpa_attention_forward(
+            module, query, key, value, visible, dropout=dropout, scaling=scaling, is_causal=False
+        )
+        self._remember(query, [0] * len(self.live))
+        if new == 1:
+            self.decoded = True
+            self._evict(scaling)
+        return out
+
+    # Storage
+
+    def _take_prompt(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> None:
+        rows, heads, width, _ = key.shape
+        device = key.device
+        lengths = self.shared.row_lengths(mask, rows, width)
+        self.prompts, self.live, self.peak, self.seen = list(lengths), list(lengths), list(lengths), list(lengths)
+        self.events = [0] * rows
+        self.columns = width
+        self.philox = torch.tensor(self.shared.keys(rows), dtype=torch.int64, device=device)
+        config = self.shared.config
+        capacity = max(lengths) + _GROWTH
+        if self.selector is not None:
+            assert config.budget is not None
+            capacity = max(config.budget, max(lengths)) + config.window
+        self.keys = key.new_zeros(rows, heads, capacity, key.shape[-1])
+        self.values = value.new_zeros(rows, heads, capacity, value.shape[-1])
+        self.entry_positions = torch.arange(capacity, device=device).expand(rows, heads, -1).clone()
+        for row, length in enumerate(lengths):
+            self.keys[row, :, :length] = key[row, :, width - length :]
+            self.values[row, :, :length] = value[row, :, width - length :]
+        if self.selector is not None and self.selector.needs_queries:
+            self.queries = query.new_zeros(rows, query.shape[1], config.window, query.shape[-1])
+            self._remember(query, [width - length for length in lengths])
+        self.is_initialized = True
+
+    def _append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        rows, _, new, _ = key.shape
+        assert self.keys is not None
+        assert self.values is not None
+        assert self.entry_positions is not None
+        needed = max(self.live) + new
+        if needed > self.keys.shape[2]:
+            self._resize(needed + (_GROWTH if self.selector is None else self.shared.config.window))
+        device = key.device
+        row = self.shared.index(range(rows), device)[:, None]
+        offset = torch.arange(new, device=device)
+        slot = self.shared.index(self.live, device)[:, None] + offset
+        self.keys[row, :, slot] = key.transpose(1, 2)
+        self.values[row, :, slot] = value.transpose(1, 2)
+        self.entry_positions[row, :, slot] = (self.shared.index(self.seen, device)[:, None] + offset)[:, :, None]
+        self.live = [live + new for live in self.live]
+        self.seen = [seen + new for seen in self.seen]
+        self.peak = [max(peak, live) for peak, live in zip(self.peak, self.live, strict=True)]
+        self.columns += new
+        return self.keys[:, :, :needed], self.values[:, :, :needed]
+
+    def _resize(self, capacity: int) -> None:
+        held = min(capacity, max(self.live))
+        for name in ("keys", "values", "entry_positions"):
+            old = getattr(self, name)
+            fresh = old.new_zeros(*old.shape[:2], capacity, *old.shape[3:])
+            fresh[:, :, :held] = old[:, :, :held]
+            setattr(self, name, fresh)
+
+    def _remember(self, query: Tensor, padding: Sequence[int]) -> None:
+        """Keep the newest `window` queries of each row, token `i` at place `i % window`."""
+        if self.queries is None:
+            return
+        window, width = self.queries.shape[2], query.shape[2]
+        for new, rows in _group([min(width - pad, window) for pad in padding]).items():
+            row = self.shared.index(rows, query.device)[:, None]
+            newest = torch.arange(-new, 0, device=query.device)
+            place = (self.shared.index([self.seen[r] for r in rows], query.device)[:, None] + newest) % window
+            self.queries[row, :, place] = query[row, :, width + newest].to(self.queries.dtype)
+
+    # Eviction
+
+    def _evict(self, scaling: float) -> None:
+        if self.selector is None:
+            return
+        config = self.shared.config
+        assert config.budget is not None
+        due = [live if is_due(live, config.budget, config.window) else 0 for live in self.live]
+        for live, rows in _group(due).items():
+            if live:
+                self._evict_rows(rows, live, scaling)
+        limit = config.budget + config.window
+        if any(due) and max(self.live) <= limit and self.keys is not None and self.keys.shape[2] > limit:
+            self._resize(limit)  # a prompt longer than the budget needed more
+
+    def _evict_rows(self, rows: list[int], live: int, scaling: float) -> None:
+        """One event in rows that all hold `live` entries."""
+        selector, config = self.selector, self.shared.config
+        assert selector is not None
+        assert self.keys is not None
+        assert self.values is not None
+        assert self.entry_positions is not None
+        device = self.keys.device
+        row = self.shared.index(rows, device)
+        count = live - config.window
+        dtype = score_dtype(self.keys.dtype)
+        queries = None
+        if self.queries is not None:
+            order = [[(self.seen[r] + i) % config.window for i in range(config.window)] for r in rows]
+            places = torch.stack([self.shared.index(places, device) for places in order])
+            queries = self.queries[row[:, None], :, places].transpose(1, 2).to(dtype).contiguous()
+        positions = self.entry_positions[row, :, :live]
+        candidates = Candidates(
+            positions=positions[:, :, :count],
+            queries=queries,
+            keys=self.keys[row, :, :count].to(dtype) if selector.needs_keys else None,
+            values=self.values[row, :, :count].to(dtype) if selector.needs_values else None,
+            scaling=scaling,
+            noise=NoiseSource(
+                (self.philox[row, 0], self.philox[row, 1]),
+                self.shared.index([self.events[r] for r in rows], device),
+                self.index,
+            ),
+        )
+        kept = selector(candidates, [self.prompts[r] for r in rows])
+        newest = torch.arange(count, live, device=device).expand(*kept.shape[:2], -1)
+        slots = torch.cat([kept, newest], dim=-1)  # chronological: the window is newer than every candidate
+        budget = slots.shape[-1]
+        self.entry_positions[row, :, :budget] = positions.gather(-1, slots)
+        for storage in (self.keys, self.values):
+            index = slots[..., None].expand(*slots.shape, storage.shape[-1])
+            storage[row, :, :budget] = storage[row, :, :live].gather(2, index)
+        for r in rows:
+            self.live[r] = budget
+            self.events[r] += 1
+
+
+def _group(values: Sequence[int]) -> dict[int, list[int]]:
+    """Indices by value."""
+    groups: dict[int, list[int]] = {}
+    for index, value in enumerate(values):
+        groups.setdefault(value, []).append(index)
+    return groups
+
+
+class EvictionCache(Cache):
+    """A KV cache bounded by an eviction policy, for `model.generate(..., past_key_values=cache)`.
+
+    Rows are left-padded and independent of each other. Passing the cache again continues its sequences; `reset` starts
+    afresh. Greedy and sampling work, also with `num_return_sequences`; beam search, assisted decoding, chunked prefill and
+    cropping are refused.
+
+    Args:
+        config: the eviction setting.
+        model_config: `model.config` of a model loaded with `attn_implementation="vkvtrain"`.
+        streams: what names each prompt's randomness, ints or tuples of ints; default 0, 1, ... With k sequences per
+            prompt row r draws from `(streams[r // k], r % k)`.
+
+    Raises:
+        ValueError: a model that cannot evict, or whose attention is another one.
+    """
+
+    def __init__(self, config: EvictionConfig, model_config: Any, streams: Sequence[Stream] | None = None) -> None:
+        check_attention(model_config.get_text_config(decoder=True), "EvictionCache")
+        evicts = evicting_layers(model_config, config)
+        self._shared = _Shared(config, _checked_streams(config, streams))
+        super().__init__(layers=[EvictionLayer(self._shared, index, e) for index, e in enumerate(evicts)])
+        self.config = config
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        awaiting = self._shared.awaiting
+        if awaiting is not None:
+            raise ValueError(
+                f"layer {awaiting} was given tokens but its attention did not go through vkvtrain: call "
+                'model.set_attn_implementation("vkvtrain"), then cache.reset()'
+            )
+        self._shared.awaiting = layer_idx
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def positions(self, layer: int, row: int) -> Tensor:
+        """Logical positions that a layer holds of a row, int64 [Hkv, n], ascending."""
+        held = self._layer(layer)
+        if held.entry_positions is None:
+            raise ValueError("the cache is empty: pass it to generate or to the model first")
+        return held.entry_positions[row, :, : held.live[row]].clone()
+
+    def stats(self) -> list[dict[str, int]]:
+        """Of each row: evictions, entries held and most ever held per KV head of an evicting layer, and their bytes."""
+        layers = [self._layer(index) for index in range(len(self.layers))]
+        first = next((layer for layer in layers if layer.selector is not None), layers[0])
+        rows = []
+        for row in range(len(first.live)):
+            rows.append(
+                {
+                    "evictions": first.events[row],
+                    "live_entries": first.live[row],
+                    "peak_entries": first.peak[row],
+                    "bytes": sum(layer.live[row] * _entry_bytes(layer) for layer in layers),
+                    "peak_bytes": sum(layer.peak[row] * _entry_bytes(layer) for layer in layers),
+                }
+            )
+        return rows
+
+    @property
+    def allocated_bytes(self) -> int:
+        """Bytes of key and value storage, all rows and layers."""
+        layers = [self._layer(index) for index in range(len(self.layers))]
+        return sum(t.nbytes for layer in layers for t in (layer.keys, layer.values) if t is not None)
+
+    def reset(self, streams: Sequence[Stream] | None = None) -> None:
+        """Forget the sequences; `streams` names the next ones (default: the same as before)."""
+        super().reset()
+        self._shared.awaiting = None
+        if streams is not None:
+            self._shared.streams = _checked_streams(self.config, streams)
+
+    def activate_past_recording(self) -> NoReturn:
+        raise ValueError("assisted decoding does not work with EvictionCache: generate without an assistant")
+
+    def _layer(self, index: int) -> EvictionLayer:
+        layer = self.layers[index]
+        assert isinstance(layer, EvictionLayer)
+        return layer
+
+
+def _entry_bytes(layer: EvictionLayer) -> int:
+    """Bytes of one token's entries in a layer, all KV heads."""
+    assert layer.keys is not None
+    assert layer.values is not None
+    keys, values = layer.keys, layer.values
+    return keys.shape[1] * (keys.shape[3] + values.shape[3]) * keys.element_size()
+
+
+def _checked_streams(config: EvictionConfig, streams: Sequence[Stream] | None) -> list[Stream] | None:
+    if streams is None:
+        return None
+    if not len(streams):
+        raise ValueError("streams is empty: give one stream for each prompt, or None")
+    for stream in streams:
+        stream_key(config.seed, stream)
+    return list(streams)

@@ -1,0 +1,150 @@
+"""The description of an eviction setting: one frozen, validated object with a JSON round trip.
+
+Knows the names and arguments of the policies; knows nothing of models, caches or training.
+"""
+
+import difflib
+import json
+import os
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from vkvtrain.policies import Policy, get_policy
+
+CONFIG_NAME = "eviction_config.json"
+
+
+class Settings(BaseModel):
+    """A frozen settings object that refuses unknown keys; its errors are one sentence that names the setting."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise ValueError(one_sentence(error, list(type(self).model_fields))) from None
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """` (did you mean 'x'?)` for the known name nearest to `name`, else the list of all of them."""
+    close = difflib.get_close_matches(name, known, n=1)
+    return f" (did you mean {close[0]!r}?)" if close else f" (known: {', '.join(known)})"
+
+
+def one_sentence(error: ValidationError, fields: list[str]) -> str:
+    """The first problem of a pydantic error, said in one sentence."""
+    first = error.errors()[0]
+    name = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        return f"unknown setting {name!r}{nearest(name.rpartition('.')[2], fields)}"
+    if first["type"] == "missing":
+        return f"setting {name!r} is required"
+    message = first["msg"].removeprefix("Value error, ")
+    return message if first["type"] == "value_error" else f"setting {name!r}: {message}, got {first['input']!r}"
+
+
+class EvictionConfig(Settings):
+    """How a KV cache is bounded: which policy keeps which entries, and how many.
+
+    Raises:
+        ValueError: one sentence that names the setting and the fix.
+    """
+
+    policy: str = "vase_attnv"
+    """Name of the eviction policy (`vkvtrain.policies.POLICIES`)."""
+    budget: int | None = None
+    """Entries that a KV head keeps after an eviction event, the window included; required unless the policy is `full`."""
+    window: int = Field(default=64, ge=1)
+    """Newest entries, always kept; also the number of tokens between two eviction events."""
+    sinks: int = Field(default=4, ge=0)
+    """First positions of the sequence, always kept."""
+    protected_fraction: float | None = Field(default=None, ge=0, le=1)
+    """Share of the budget that is protected as sinks or large values; None is the policy's own default."""
+    smooth: bool = True
+    """Average-pool the window attention over five neighbours."""
+    policy_args: dict[str, Any] = Field(default_factory=dict)
+    """The policy's own parameters, for example `{"rank": 20}` for `vase_dkv`."""
+    protect_prompt: bool = False
+    """Keep the (first) prompt; one longer than `budget - window - 1` is clipped to that many tokens."""
+    skip_layers: tuple[int, ...] = ()
+    """Layers that keep everything."""
+    seed: int = 0
+    """Seed of the policy's noise."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        policy = self.make_policy()
+        if any(layer < 0 for layer in self.skip_layers):
+            raise ValueError(f"skip_layers must hold layer indices from 0, got {list(self.skip_layers)}")
+        if policy.keeps_everything:
+            return self
+        if self.budget is None:
+            raise ValueError(
+                f"budget is required for policy {self.policy!r}: set it to the number of entries to keep, "
+                f"a multiple of window ({self.window})"
+            )
+        if self.budget <= self.window:
+            raise ValueError(
+                f"budget ({self.budget}) must be greater than window ({self.window}): raise budget or lower window"
+            )
+        if self.budget % self.window:
+            below = self.budget // self.window * self.window
+            around = " or ".join(str(b) for b in (below, below + self.window) if b > self.window)
+            raise ValueError(
+                f"budget ({self.budget}) must be a multiple of window ({self.window}): use {around}, or change window"
+            )
+        if self.sinks >= self.budget - self.window:
+            raise ValueError(
+                f"sinks ({self.sinks}) must be less than budget - window ({self.budget - self.window}): lower sinks"
+            )
+        return self
+
+    def make_policy(self) -> Policy:
+        """The policy with its arguments; raises ValueError for an unknown policy or argument."""
+        return get_policy(self.policy)(**self._checked_policy_args())
+
+    def _checked_policy_args(self) -> dict[str, Any]:
+        known = list(get_policy(self.policy).__dataclass_fields__)
+        for name in self.policy_args:
+            if name not in known:
+                hint = nearest(name, known) if known else " (it takes none)"
+                raise ValueError(f"policy_args: policy {self.policy!r} has no argument {name!r}{hint}")
+        return self.policy_args
+
+    @property
+    def evicts(self) -> bool:
+        """Whether anything is ever evicted under this setting."""
+        return not self.make_policy().keeps_everything
+
+    def save_pretrained(self, directory: str | os.PathLike[str]) -> Path:
+        """Write `eviction_config.json` into `directory` (made if missing); returns its path."""
+        path = Path(directory) / CONFIG_NAME
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(self.model_dump(mode="json"), indent=2) + "\n")
+        return path
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str | os.PathLike[str], revision: str | None = None) -> Self:
+        """Read `eviction_config.json` from a directory or a Hub repository.
+
+        Raises:
+            FileNotFoundError: a local directory without the file.
+            ValueError: a file whose settings do not hold.
+        """
+        directory = Path(name_or_path)
+        if directory.is_dir():
+            path = directory / CONFIG_NAME
+            if not path.is_file():
+                raise FileNotFoundError(f"{directory} has no {CONFIG_NAME}: was it written by vkvtrain?")
+        else:
+            from huggingface_hub import hf_hub_download
+
+            path = Path(hf_hub_download(str(name_or_path), CONFIG_NAME, revision=revision))
+        try:
+            values = json.loads(path.read_text())
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} is not valid JSON: {error}") from None
+        return cls(**values)

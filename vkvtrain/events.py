@@ -1,0 +1,83 @@
+"""When eviction events happen: plain integer arithmetic, the same for training and decoding.
+
+Event times depend on lengths alone, never on scores, so both passes know them without asking a device. Knows nothing of
+tensors.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+Chunks = Sequence[tuple[int, int]]
+"""Half-open [start, end) ranges of positions that decoding appends without eviction: the prompt and later turns."""
+
+
+@dataclass(frozen=True)
+class Event:
+    """One eviction event of one sequence."""
+
+    index: int
+    """Number of the event in its sequence, from 0."""
+    position: int
+    """The token that was just written and attended, `t`; what is dropped is gone from `t + 1` on."""
+    live: int
+    """Entries held when the event happens, the new token included."""
+
+
+def is_due(live: int, budget: int, window: int) -> bool:
+    """Whether an event follows a decode token that left `live` entries in the cache."""
+    return live > budget and live % window == 0
+
+
+def normalise_chunks(prompt: int | Chunks, length: int | None = None) -> list[tuple[int, int]]:
+    """A prompt length, or a list of (start, end) chunks, as a checked list of chunks.
+
+    Raises:
+        ValueError: chunks that are empty, overlap, do not start at 0 or end after `length`.
+    """
+    chunks = [(0, prompt)] if isinstance(prompt, int) else [(int(start), int(end)) for start, end in prompt]
+    if not chunks or chunks[0][0] != 0:
+        raise ValueError(f"prompt_lengths: the first chunk must start at position 0, got {list(chunks)}")
+    before = 0
+    for start, end in chunks:
+        if start < before or end <= start:
+            raise ValueError(f"prompt_lengths: chunks must be non-empty, ascending and disjoint, got {list(chunks)}")
+        before = end
+    if length is not None and before > length:
+        raise ValueError(f"prompt_lengths: a prompt or chunk ends at {before}, after its row's {length} tokens")
+    return chunks
+
+
+def schedule(prompt: int | Chunks, length: int, budget: int, window: int) -> list[Event]:
+    """Every event of a sequence of `length` tokens.
+
+    Args:
+        prompt: prompt length, or the chunks that are appended without eviction.
+        length: tokens that the cache has seen.
+        budget: entries kept after an event.
+        window: newest entries, and the number of tokens between two events.
+    """
+    events: list[Event] = []
+    live = position = 0
+    for start, end in [*normalise_chunks(prompt, length), (length, length)]:
+        while position < start:  # decode tokens, one at a time; jump to the next one that can be due
+            step = min(window - live % window, start - position)
+            live, position = live + step, position + step
+            if is_due(live, budget, window):
+                events.append(Event(len(events), position - 1, live))
+                live = budget
+        live, position = live + end - start, end
+    return events
+
+
+def evictions_by(prompt_length: int | Chunks, length: int, budget: int, window: int) -> int:
+    """Number of eviction events once the cache has seen `length` tokens."""
+    return len(schedule(prompt_length, length, budget, window))
+
+
+def peak_entries(prompt_length: int | Chunks, length: int, budget: int, window: int) -> int:
+    """Most entries that a KV head held at once while the cache saw `length` tokens."""
+    events = schedule(prompt_length, length, budget, window)
+    if not events:
+        return length
+    since = length - 1 - events[-1].position
+    return max(*(event.live for event in events), budget + since)

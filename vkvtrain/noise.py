@@ -1,0 +1,127 @@
+"""Counter-based random numbers: a pure function of (seed, stream, layer, KV head, event, position).
+
+Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) on int64 tensors, so the integers are
+bit-equal on every device and in every batch layout. The 64-bit key is a hash of seed and stream; the four counter words
+are position, event, layer and KV head, so no two numbers of a sequence share a counter.
+"""
+
+import hashlib
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Stream = int | Sequence["Stream"]
+"""Names the sequence whose noise is drawn: an int, or a (nested) tuple of ints such as (sample, repeat, epoch)."""
+
+_MASK = 0xFFFFFFFF
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+_PROJECTION_HEAD = _MASK
+"""Counter word of draws that all KV heads share; no KV head has this index."""
+
+
+def canonical_stream(stream: Stream) -> tuple[int, ...]:
+    """A stream as a flat tuple without trailing zeros, so that `n`, `(n,)` and `(n, 0)` name the same sequence.
+
+    Raises:
+        ValueError: anything but 64-bit ints and (nested) tuples of them.
+    """
+
+    def flatten(value: Stream) -> Iterable[int]:
+        if isinstance(value, int) and not isinstance(value, bool):
+            if not -(2**63) <= value < 2**63:
+                raise ValueError(f"streams: {value} does not fit 64 bits")
+            yield value
+        elif isinstance(value, (tuple, list)):
+            for part in value:
+                yield from flatten(part)
+        else:
+            raise ValueError(f"streams must be ints or tuples of ints, got {value!r}")
+
+    flat = list(flatten(stream))
+    while flat and flat[-1] == 0:
+        flat.pop()
+    return tuple(flat)
+
+
+def stream_key(seed: int, stream: Stream) -> tuple[int, int]:
+    """The two 32-bit words of the Philox key of a sequence."""
+    words = (seed, *canonical_stream(stream))
+    digest = hashlib.blake2b(b"".join(word.to_bytes(16, "little", signed=True) for word in words), digest_size=8)
+    low_high = int.from_bytes(digest.digest(), "little")
+    return low_high & _MASK, low_high >> 32
+
+
+def _high_low(multiplier: int, word: Tensor) -> tuple[Tensor, Tensor]:
+    product = word * multiplier  # wraps as unsigned 64-bit arithmetic does; the shift's sign bits are masked off
+    return (product >> 32) & _MASK, product & _MASK
+
+
+def philox(counter: Sequence[Tensor | int], key: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox4x32-10.
+
+    Args:
+        counter: four broadcastable 32-bit words (int64 tensors or ints).
+        key: two 32-bit words as int64 tensors, broadcastable with the counter.
+
+    Returns:
+        Four int64 tensors with values in [0, 2**32).
+    """
+    device = key[0].device
+    c0, c1, c2, c3 = (torch.as_tensor(word, dtype=torch.int64, device=device) for word in counter)
+    k0, k1 = key
+    for _ in range(10):
+        high0, low0 = _high_low(_MULTIPLIERS[0], c0)
+        high1, low1 = _high_low(_MULTIPLIERS[1], c2)
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
+    shape = torch.broadcast_shapes(c0.shape, c1.shape, c2.shape, c3.shape)
+    return c0.expand(shape), c1.expand(shape), c2.expand(shape), c3.expand(shape)
+
+
+def _unit(high: Tensor, low: Tensor) -> Tensor:
+    """Two 32-bit words as a float64 strictly between 0 and 1 (52 random bits, centred)."""
+    return (((high >> 6) * 2**26 + (low >> 6)).double() + 0.5) * 2.0**-52
+
+
+@dataclass(frozen=True)
+class NoiseSource:
+    """The random numbers of one eviction event in one layer, for several sequences.
+
+    `key` are the Philox key words of the sequences, int64 [N]; `event` their event numbers, int64 [N].
+    """
+
+    key: tuple[Tensor, Tensor]
+    event: Tensor
+    layer: int
+
+    def gumbel(self, positions: Tensor) -> Tensor:
+        """Standard Gumbel noise of each candidate, float64.
+
+        Args:
+            positions: int64 [N, Hkv, C].
+        """
+        heads = torch.arange(positions.shape[1], device=positions.device)[:, None]
+        key = (self.key[0][:, None, None], self.key[1][:, None, None])
+        words = philox((positions, self.event[:, None, None], self.layer, heads), key)
+        return -torch.log(-torch.log(_unit(words[0], words[1])))
+
+    def projection(self, dim: int, rank: int, per_event: bool) -> Tensor:
+        """A Gaussian random projection, entries N(0, 1/rank), float32 [N, dim, rank], shared by the KV heads.
+
+        Args:
+            dim: rows, the head dimension.
+            rank: columns.
+            per_event: drawn afresh at every event, else once per sequence and layer.
+        """
+        device = self.event.device
+        index = torch.arange(dim * rank, device=device)
+        event = self.event[:, None] if per_event else torch.zeros_like(self.event)[:, None]
+        key = (self.key[0][:, None], self.key[1][:, None])
+        words = philox((index, event, self.layer, _PROJECTION_HEAD), key)
+        radius = torch.sqrt(-2.0 * torch.log(_unit(words[0], words[1])))  # Box and Muller 1958
+        normal = radius * torch.cos(2.0 * math.pi * _unit(words[2], words[3]))
+        return (normal / math.sqrt(rank)).view(-1, dim, rank).float()

@@ -1,0 +1,45 @@
+"""Policies that score by approximate leverage: the size of a key and a value under a random projection."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from vkvtrain.policies.base import Candidates, Policy
+
+
+@dataclass(frozen=True)
+class CurDKV(Policy):
+    """Keep the largest `|k G|^2 * |v G|^2`, one `G` [D, rank] ~ N(0, 1/rank) per sequence and layer (CurDKV)."""
+
+    rank: int = 20
+    """Columns of the random projection."""
+
+    needs_keys: ClassVar[bool] = True
+    needs_values: ClassVar[bool] = True
+    scores_single_tokens: ClassVar[bool] = True
+    fresh_projection: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1:
+            raise ValueError(f"policy_args: rank must be a positive int, got {self.rank!r}")
+
+    def score(self, candidates: Candidates, smooth: bool) -> Tensor:
+        keys, values = candidates.keys, candidates.values
+        assert keys is not None
+        assert values is not None
+
+        def leverage(entries: Tensor) -> Tensor:
+            dim = entries.shape[-1]
+            projection = candidates.noise.projection(dim, self.rank, per_event=self.fresh_projection).to(entries.dtype)
+            return torch.matmul(entries, projection[:, None]).square().sum(-1)
+
+        return leverage(keys) * leverage(values)
+
+
+@dataclass(frozen=True)
+class VaseDKV(CurDKV):
+    """CurDKV's score with `G` drawn afresh at every event (VaSE, arXiv 2606.03928)."""
+
+    fresh_projection: ClassVar[bool] = True

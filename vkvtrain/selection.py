@@ -1,0 +1,111 @@
+"""Scores to kept entries: protection, sampling without replacement, ties.
+
+Exactly `budget - window` candidates are kept, chosen by one integer key per candidate whose order is total, so that two
+passes, two devices or two batch layouts that agree on the scores agree on the set.
+"""
+
+import math
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from vkvtrain.config import EvictionConfig
+from vkvtrain.policies import Candidates, value_range
+
+_PROTECTED = 0x7FFFFFFF
+"""Rank above that of any float32."""
+_EXCLUDED = -0x80000000
+"""Rank below that of any float32, minus infinity included."""
+
+
+def round_mantissa(x: Tensor, bits: int = 10) -> Tensor:
+    """`x` rounded to `bits` explicit mantissa bits, half to even.
+
+    Equal tokens get values that differ in the last bits when a prefill and a one-token product compute them; rounded,
+    they tie as they should.
+    """
+    mantissa, exponent = torch.frexp(x)
+    return torch.ldexp(torch.round(mantissa * 2 ** (bits + 1)), exponent - (bits + 1))
+
+
+def ranks(score: Tensor) -> Tensor:
+    """float32 scores as integers of the same order, int64; NaN ranks as minus infinity."""
+    score = torch.nan_to_num(score.float(), nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf) + 0.0  # no -0.0
+    bits = score.contiguous().view(torch.int32)
+    return torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()
+
+
+def top(rank: Tensor, count: int) -> Tensor:
+    """Slots of the `count` highest ranks along the last dimension, ascending; among equal ranks the newest come first."""
+    slots = torch.arange(rank.shape[-1], device=rank.device)
+    return (rank * 2**32 + slots).topk(count, sorted=False).indices.sort(-1).values
+
+
+class Selector:
+    """Chooses what survives an event under one eviction setting."""
+
+    def __init__(self, config: EvictionConfig) -> None:
+        self.policy = config.make_policy()
+        if self.policy.keeps_everything or config.budget is None:
+            raise ValueError(f"policy {config.policy!r} keeps everything: there is nothing to select")
+        self.config = config
+        self.keep = config.budget - config.window
+        fraction = config.protected_fraction
+        fraction = self.policy.protected_fraction if fraction is None else fraction
+        self.large = max(0, math.floor(fraction * config.budget) - config.sinks)
+        self.needs_queries = self.policy.needs_queries
+        self.needs_keys = self.policy.needs_keys
+        self.needs_values = self.policy.needs_values or self.large > 0
+        self._warned = False
+
+    def _protected_prefix(self, prompts: Sequence[int]) -> list[int]:
+        """How many first positions are protected in each sequence: sinks, and the prompt if asked for."""
+        sinks = self.config.sinks
+        if not self.config.protect_prompt:
+            return [sinks] * len(prompts)
+        longest = max(prompts)
+        if longest > self.keep - 1 and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"protect_prompt: a prompt of {longest} tokens does not fit budget - window - 1 = {self.keep - 1}; "
+                "only its first tokens are protected",
+                stacklevel=2,
+            )
+        return [max(sinks, min(prompt, self.keep - 1)) for prompt in prompts]
+
+    def __call__(self, candidates: Candidates, prompts: Sequence[int]) -> Tensor:
+        """Slots of the kept candidates, int64 [N, Hkv, budget - window], ascending.
+
+        Args:
+            candidates: C > budget - window entries per KV head, in chronological order.
+            prompts: length of the first prompt of each of the N sequences.
+        """
+        positions = candidates.positions
+        prefix = self._protected_prefix(prompts)
+        if len(set(prefix)) == 1:
+            protected = positions < prefix[0]
+        else:
+            protected = positions < torch.tensor(prefix, device=positions.device)[:, None, None]
+        if self.large:
+            protected = protected | self._large_values(candidates, protected, prefix)
+
+        score = self.policy.score(candidates, self.config.smooth)
+        if self.policy.scores_single_tokens:
+            score = round_mantissa(score)
+        if self.policy.samples:
+            # Gumbel-top-k on log weights: Efraimidis and Spirakis 2006; Kool et al. 2019
+            score = torch.log(score.float().double()) + candidates.noise.gumbel(positions)
+        return top(ranks(score).masked_fill(protected, _PROTECTED), self.keep)
+
+    def _large_values(self, candidates: Candidates, protected: Tensor, prefix: Sequence[int]) -> Tensor:
+        """Mask [N, Hkv, C] of the entries that are protected for their large values."""
+        assert candidates.values is not None
+        rank = ranks(round_mantissa(value_range(candidates.values))).masked_fill(protected, _EXCLUDED)
+        mask = torch.zeros_like(protected)
+        counts = [min(self.large, self.keep - first) for first in prefix]  # the protected set never exceeds `keep`
+        for count in set(counts) - {0}:
+            rows = torch.tensor([row for row, c in enumerate(counts) if c == count], device=rank.device)
+            mask[rows] = mask[rows].scatter(-1, top(rank[rows], count), True)
+        return mask

@@ -1,0 +1,86 @@
+"""The embedded task: a keyed running sum that needs its own past, with a once-stated passcode.
+
+A prompt states a two-digit passcode and a list of keyed digits; the response walks the list, restating each key, its
+digit and the running total modulo 10, and closes with the total and the passcode::
+
+    prompt     @58a3B7c1?
+    response   <think>a33B70c11</think>1@58
+
+Every step looks its key up in the prompt, so a cache that lost the entry cannot continue; the passcode is stated once and
+used once, after everything else. Knows nothing of models or eviction.
+"""
+
+import hashlib
+import random
+import re
+import string
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+Split = Literal["train", "validation", "test"]
+SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+KEYS = string.ascii_lowercase + string.ascii_uppercase
+MAX_PAIRS = 32
+ALPHABET = string.digits + KEYS + "@?"
+THINK, END_THINK = "<think>", "</think>"
+
+_ANSWER = re.compile(r"^(\d)")
+_PASSCODE = re.compile(r"^\d@(\d\d)")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One problem: `prompt` and `response` as text, and what is graded of the response."""
+
+    prompt: str
+    response: str
+    answer: str
+    passcode: str
+
+
+def split_of(prompt: str) -> Split:
+    """The split that a prompt belongs to, a function of its text alone: splits are disjoint by construction."""
+    bucket = hashlib.blake2b(prompt.encode(), digest_size=8).digest()[0] % 10
+    return "test" if bucket == 0 else "validation" if bucket == 1 else "train"
+
+
+def problem(split: Split, seed: int, index: int, pairs: int = MAX_PAIRS) -> Problem:
+    """Problem `index` of a split: the same for the same arguments, on every machine.
+
+    Args:
+        split: `train`, `validation` or `test`.
+        seed: the data seed.
+        index: which problem, from 0.
+        pairs: how many keyed digits, 1 to 32.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
+    if not 1 <= pairs <= MAX_PAIRS:
+        raise ValueError(f"pairs must be from 1 to {MAX_PAIRS}, got {pairs}")
+    rng = random.Random(f"{split}/{seed}/{index}/{pairs}")
+    while True:
+        keys = rng.sample(KEYS, pairs)
+        digits = [rng.randrange(10) for _ in keys]
+        passcode = f"{rng.randrange(100):02d}"
+        prompt = f"@{passcode}" + "".join(f"{key}{digit}" for key, digit in zip(keys, digits, strict=True)) + "?"
+        if split_of(prompt) == split:
+            break
+    total, steps = 0, []
+    for key, digit in zip(keys, digits, strict=True):
+        total = (total + digit) % 10
+        steps.append(f"{key}{digit}{total}")
+    response = f"{THINK}{''.join(steps)}{END_THINK}{total}@{passcode}"
+    return Problem(prompt, response, str(total), passcode)
+
+
+def problems(split: Split, seed: int, count: int, pairs: int = MAX_PAIRS) -> Iterator[Problem]:
+    """The first `count` problems of a split."""
+    return (problem(split, seed, index, pairs) for index in range(count))
+
+
+def grade(response: str, answer: str, passcode: str) -> tuple[bool, bool]:
+    """(the total is right, the passcode is right) of a generated response; an unfinished chain of thought has neither."""
+    _, closed, final = response.partition(END_THINK)
+    total, fact = _ANSWER.match(final), _PASSCODE.match(final)
+    return bool(closed and total and total[1] == answer), bool(closed and fact and fact[1] == passcode)

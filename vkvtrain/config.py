@@ -19,7 +19,7 @@ CONFIG_NAME = "eviction_config.json"
 class Settings(BaseModel):
     """A frozen settings object that refuses unknown keys; its errors are one sentence that names the setting."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), use_attribute_docstrings=True)
 
     def __init__(self, **values: Any) -> None:
         try:
@@ -43,7 +43,9 @@ def one_sentence(error: ValidationError, fields: list[str]) -> str:
     if first["type"] == "missing":
         return f"setting {name!r} is required"
     message = first["msg"].removeprefix("Value error, ")
-    return message if first["type"] == "value_error" else f"setting {name!r}: {message}, got {first['input']!r}"
+    if first["type"] == "value_error":
+        return f"{name}: {message}" if name else message
+    return f"setting {name!r}: {message}, got {first['input']!r}"
 
 
 class EvictionConfig(Settings):

@@ -6,7 +6,7 @@ Knows nothing of attention outputs: a layer's choice depends only on its own q, 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -46,6 +46,10 @@ class Plan:
         if wanted not in self._index:
             self._index[wanted] = torch.tensor(wanted, dtype=torch.int64, device=self.device)
         return self._index[wanted]
+
+    def without_events(self) -> "Plan":
+        """The same batch for a layer that keeps everything."""
+        return replace(self, rows=[replace(row, events=[]) for row in self.rows])
 
     @property
     def lengths(self) -> Tensor:

@@ -80,9 +80,9 @@ def accuracy(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, split,
 
 @dataclass
 class Curriculum:
-    """Short chains first: looking the next key up is found within minutes on three pairs, and hardly ever on thirty-two."""
+    """Short chains first: looking a key up is found sooner among few."""
 
-    longest: int = 3
+    longest: int = 4
     smoothed: float = 10.0
 
     def pairs(self, rng: random.Random) -> int:
@@ -91,8 +91,8 @@ class Curriculum:
     def observe(self, loss: float) -> None:
         """Lengthen once the present length is solved."""
         self.smoothed = 0.8 * self.smoothed + 0.2 * loss
-        if self.smoothed < 0.08 and self.longest < MAX_PAIRS:
-            self.longest = min(MAX_PAIRS, self.longest + max(1, self.longest // 6))
+        if self.smoothed < 0.1 and self.longest < MAX_PAIRS:
+            self.longest = min(MAX_PAIRS, self.longest + max(2, self.longest // 3))
             self.smoothed = 0.2
 
 

@@ -104,20 +104,22 @@ class Trace:
         """Attention output [B, S, Hq, D] of a layer; decides its `evict_at` unless this is a recomputation."""
         if query.shape[2] != key.shape[2]:
             raise ValueError("simulated_eviction needs the whole sequence in one pass: leave past_key_values out")
-        if layer not in self.evict_at:
-            plan = self._plan_of(mask, key.shape[0], key.shape[2], key.device)
-            self.evict_at[layer] = self._decide(layer, query, key, value, plan, scaling)
-        elif not in_backward():
+        if layer in self.evict_at and not in_backward():
             raise RuntimeError(
                 f"layer {layer} ran twice in one simulated_eviction block: open a block for each forward pass, and run a "
                 "teacher before it or inside trace.suspended()"
             )
-        assert self._plan is not None
-        return BACKENDS[self.backend](query, key, value, self.evict_at[layer], self._plan, scaling)
+        plan = self._plan_of(mask, key.shape[0], key.shape[2], key.device)
+        if not self._evicts[layer]:
+            plan = plan.without_events()
+        if layer not in self.evict_at:
+            self.evict_at[layer] = self._decide(layer, query, key, value, plan, scaling)
+        return BACKENDS[self.backend](query, key, value, self.evict_at[layer], plan, scaling)
 
     def _decide(self, layer: int, query: Tensor, key: Tensor, value: Tensor, plan: Plan, scaling: float) -> Tensor:
-        if self._selector is None or not self._evicts[layer]:
+        if not self._evicts[layer]:
             return never_evicted(plan, key.shape[1])
+        assert self._selector is not None
         return lifetimes(query, key, value, plan, self._selector, layer, scaling)
 
     def _plan_of(self, mask: Tensor | None, rows: int, width: int, device: torch.device) -> Plan:

@@ -1,10 +1,11 @@
 """The embedded task: a keyed running sum that needs its own past, with a once-stated passcode.
 
-A prompt states a two-digit passcode and a list of keyed digits; the response walks the list, restating each key, its
-digit and the running total modulo 10, and closes with the total and the passcode::
+A prompt states a two-digit passcode and keyed digits in random order; the response visits the keys in alphabetical order
+(lower case first), restating each key, its digit and the running total modulo 10, and closes with the total and the
+passcode::
 
-    prompt     @58a3B7c1?
-    response   <think>a33B70c11</think>1@58
+    prompt     @58b7a3c1?
+    response   <think>a33b70c11</think>1@58
 
 Every step looks its key up in the prompt, so a cache that lost the entry cannot continue; the passcode is stated once and
 used once, after everything else. Knows nothing of models or eviction.
@@ -20,8 +21,9 @@ from typing import Literal
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
-KEYS = string.ascii_lowercase + string.ascii_uppercase
 MAX_PAIRS = 32
+KEYS = (string.ascii_lowercase + string.ascii_uppercase)[:MAX_PAIRS]
+"""Keys in the order of the response; a problem with n pairs uses the first n."""
 ALPHABET = string.digits + KEYS + "@?"
 THINK, END_THINK = "<think>", "</think>"
 
@@ -60,14 +62,14 @@ def problem(split: Split, seed: int, index: int, pairs: int = MAX_PAIRS) -> Prob
         raise ValueError(f"pairs must be from 1 to {MAX_PAIRS}, got {pairs}")
     rng = random.Random(f"{split}/{seed}/{index}/{pairs}")
     while True:
-        keys = rng.sample(KEYS, pairs)
-        digits = [rng.randrange(10) for _ in keys]
+        digits = {key: rng.randrange(10) for key in KEYS[:pairs]}
         passcode = f"{rng.randrange(100):02d}"
-        prompt = f"@{passcode}" + "".join(f"{key}{digit}" for key, digit in zip(keys, digits, strict=True)) + "?"
+        stated = rng.sample(sorted(digits), pairs)
+        prompt = f"@{passcode}" + "".join(f"{key}{digits[key]}" for key in stated) + "?"
         if split_of(prompt) == split:
             break
     total, steps = 0, []
-    for key, digit in zip(keys, digits, strict=True):
+    for key, digit in digits.items():
         total = (total + digit) % 10
         steps.append(f"{key}{digit}{total}")
     response = f"{THINK}{''.join(steps)}{END_THINK}{total}@{passcode}"

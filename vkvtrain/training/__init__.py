@@ -1,0 +1,1 @@
+"""Training under simulated eviction: a recipe's settings, its data, objectives, schedule and loop."""

@@ -1,0 +1,139 @@
+"""Any setting of a recipe on the command line: `--optim.learning_rate 1e-3`, or `--budget 64` where the name is unique.
+
+Values are YAML (`--budget "[64, 80]"`, `--eviction null`). Knows the recipe's schema; knows nothing of what it trains.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from vkvtrain.config import EvictionConfig, Settings, nearest
+from vkvtrain.training.settings import Recipe, recipe_values
+
+FLAGS = ("dry_run", "overwrite", "help")
+
+
+@dataclass(frozen=True)
+class Command:
+    """A parsed command line."""
+
+    recipe: Path | None = None
+    overrides: list[tuple[str, Any]] = field(default_factory=list)
+    """(dotted name, value)."""
+    dry_run: bool = False
+    overwrite: bool = False
+    help: bool = False
+
+
+def sections() -> dict[str, type[Settings]]:
+    """The sections of a recipe and their schemas."""
+    found: dict[str, type[Settings]] = {}
+    for name, info in Recipe.model_fields.items():
+        if name == "eviction":
+            found[name] = EvictionConfig
+        elif isinstance(info.annotation, type) and issubclass(info.annotation, Settings):
+            found[name] = info.annotation
+    return found
+
+
+def setting_names() -> list[str]:
+    """Dotted names of everything that can be set, sections included."""
+    inner = [f"{section}.{name}" for section, schema in sections().items() for name in schema.model_fields]
+    return [*Recipe.model_fields, *inner]
+
+
+def resolve(name: str, known: Sequence[str]) -> str:
+    """The dotted name that `name` stands for: itself, or the only one that ends in it.
+
+    Raises:
+        ValueError: a name that is unknown or stands for several.
+    """
+    if name in known:
+        return name
+    candidates = [dotted for dotted in known if dotted.endswith(f".{name}")]
+    if len(candidates) > 1:
+        raise ValueError(f"--{name} could be {' or '.join('--' + dotted for dotted in candidates)}: write one of them")
+    if not candidates:
+        close = nearest(name, [*known, *(dotted.rpartition(".")[2] for dotted in known)])
+        raise ValueError(f"--{name}: a recipe has no such setting{close if 'did you mean' in close else '; see --help'}")
+    return candidates[0]
+
+
+def parse_command(arguments: Sequence[str]) -> Command:
+    """A command line of one recipe, flags and overrides, in any order.
+
+    Raises:
+        ValueError: an unknown or ambiguous name, a value that is missing or no YAML, or not exactly one recipe.
+    """
+    known, recipes, overrides = setting_names(), [], []
+    flags: dict[str, bool] = {}
+    rest = list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        if not argument.startswith("--"):
+            if argument == "-h":
+                flags["help"] = True
+            else:
+                recipes.append(argument)
+            continue
+        name, equals, value = argument[2:].partition("=")
+        name = name.replace("-", "_")
+        if name in FLAGS:
+            if equals:
+                raise ValueError(f"--{name.replace('_', '-')} takes no value")
+            flags[name] = True
+            continue
+        dotted = resolve(name, known)
+        if not equals:
+            if not rest or rest[0].startswith("--"):
+                raise ValueError(f"--{name} needs a value")
+            value = rest.pop(0)
+        try:
+            overrides.append((dotted, yaml.safe_load(value)))
+        except yaml.YAMLError:
+            raise ValueError(f"--{name}: {value!r} is not a YAML value") from None
+    if len(recipes) != 1 and "help" not in flags:
+        raise ValueError(f"give exactly one recipe (a YAML file), got {recipes or 'none'}; see --help")
+    return Command(Path(recipes[0]) if recipes else None, overrides, **flags)
+
+
+def apply_overrides(values: dict[str, Any], overrides: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """The recipe's values with the overrides in place; a section that was null is opened."""
+    merged = {name: dict(value) if isinstance(value, dict) else value for name, value in values.items()}
+    for dotted, value in overrides:
+        section, _, name = dotted.rpartition(".")
+        if section:
+            merged[section] = {**(merged.get(section) or {}), name: value}
+        else:
+            merged[name] = value
+    return merged
+
+
+def load_recipe(path: Path, overrides: Sequence[tuple[str, Any]] = ()) -> Recipe:
+    """The validated recipe of a file.
+
+    Raises:
+        ValueError: one sentence that names the file, the setting and the fix.
+    """
+    values = apply_overrides(recipe_values(path), overrides)
+    try:
+        return Recipe(**values)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def describe_settings() -> str:
+    """Every setting with its default and its meaning, for `--help`."""
+    schemas: dict[str, type[Settings]] = {"": Recipe, **sections()}
+    lines = []
+    for section, schema in schemas.items():
+        for name, info in schema.model_fields.items():
+            if not section and name in schemas and name != "eviction":
+                continue
+            dotted = f"{section}.{name}" if section else name
+            default = "required" if info.is_required() else info.get_default(call_default_factory=True)
+            lines.append(f"  --{dotted} [{default}]\n      {info.description}")
+    return "\n".join(lines)

@@ -1,0 +1,171 @@
+"""The recipe: every setting of a training run, validated before anything is loaded.
+
+A recipe is a YAML file with the sections below; `base: other.yaml` (relative to the file) takes that recipe and changes
+only what is written. Knows nothing of models, data or devices.
+"""
+
+import os
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import Field, model_validator
+
+from vkvtrain.config import EvictionConfig, Settings
+
+
+class ModelSettings(Settings):
+    name: str
+    """Directory or Hub name of the base model; `tiny` is the embedded one."""
+    revision: str | None = None
+    """Branch, tag or commit on the Hub."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type of the base weights; the adapter is trained in float32 whatever it is."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+
+
+class DataSettings(Settings):
+    source: str
+    """A JSONL file whose rows hold `prompt` and `completion`, or `tiny:keyed_sum`, generated."""
+    rows: int | None = Field(default=None, ge=1)
+    """Training rows to use, the first ones; all by default. Required for generated data."""
+    held_out: int = Field(default=32, ge=0)
+    """Rows for the loss that is printed during training: the last ones of a file, or the validation split."""
+    max_length: int | None = Field(default=None, ge=2)
+    """Longer rows (tokens, prompt and response) are left out and counted; nothing is truncated."""
+
+
+class LoraSettings(Settings):
+    r: int = Field(default=16, ge=1)
+    """Rank."""
+    alpha: float = Field(default=32, gt=0)
+    """Scale: the update is multiplied by alpha / r."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout of the adapter's input."""
+    target_modules: str | list[str] = "all-linear"
+    """Modules that get an adapter, as peft names them."""
+    init: Literal["default", "gaussian", "pissa", "olora"] = "default"
+    """Initialisation; `pissa` and `olora` rewrite the base weights, which rules out `distill`."""
+
+
+class TrainingSettings(Settings):
+    objective: Literal["sft", "distill"] = "sft"
+    """`sft`: cross-entropy. `distill`: KL(teacher || student), the teacher being the base model with the full cache."""
+    ce_weight: float = Field(default=1.0, ge=0)
+    """Weight of the cross-entropy that `distill` adds to the divergence."""
+    dense_fraction: float = Field(default=0.0, ge=0, le=1)
+    """Share of the steps without eviction; 1 trains the dense control."""
+    steps: int = Field(ge=1)
+    """Optimiser steps."""
+    global_batch: int = Field(default=16, ge=1)
+    """Sequences of one optimiser step over all devices and accumulation: it does not change with the process count."""
+    batch_per_device: int = Field(default=16, ge=1)
+    """Most sequences of one forward pass on one device; the rest of the global batch is accumulated."""
+
+
+class OptimSettings(Settings):
+    learning_rate: float = Field(default=2e-4, gt=0)
+    """Peak learning rate of AdamW."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Learning rate after the warm-up; cosine and linear end at zero."""
+    warmup_steps: int = Field(default=10, ge=0)
+    """Steps of linear warm-up."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Decoupled weight decay of the adapter."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's decay rates."""
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    """Global gradient norm above which gradients are scaled down."""
+
+
+class LogSettings(Settings):
+    evaluate_every: int = Field(default=100, ge=1)
+    """Steps between two evaluations on the held-out rows."""
+    tracker: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
+    """An accelerate tracker beside `metrics.jsonl`."""
+
+
+class Recipe(Settings):
+    """Everything that decides a training run.
+
+    Raises:
+        ValueError: one sentence that names the setting and the fix.
+    """
+
+    model: ModelSettings
+    data: DataSettings
+    lora: LoraSettings = Field(default_factory=LoraSettings)
+    eviction: dict[str, Any] | None = None
+    """Fields of `EvictionConfig`; `budget` may be a list, from which every step draws one. null: no eviction."""
+    training: TrainingSettings
+    optim: OptimSettings = Field(default_factory=OptimSettings)
+    log: LogSettings = Field(default_factory=LogSettings)
+    output: Path
+    """Directory to write."""
+    seed: int = 0
+    """Seed of the adapter's initial weights, the data order and the schedule (the policy's is `eviction.seed`)."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        try:
+            self.eviction_configs()
+        except ValueError as error:
+            raise ValueError(f"eviction: {error}") from None
+        if self.training.objective == "distill" and self.lora.init in ("pissa", "olora"):
+            raise ValueError(
+                f"lora.init {self.lora.init!r} rewrites the base weights, so the model without its adapter is no teacher: "
+                "use 'default' or 'gaussian', or objective 'sft'"
+            )
+        if self.optim.warmup_steps > self.training.steps:
+            raise ValueError(
+                f"optim.warmup_steps ({self.optim.warmup_steps}) is more than training.steps ({self.training.steps}): "
+                "lower it or train longer"
+            )
+        return self
+
+    def eviction_configs(self) -> list[EvictionConfig]:
+        """One setting for each budget in the order of the recipe; empty without eviction."""
+        if self.eviction is None:
+            return []
+        budget = self.eviction.get("budget")
+        if budget == []:
+            raise ValueError("budget is an empty list: give at least one number")
+        budgets = budget if isinstance(budget, list) else [budget]
+        configs = [EvictionConfig(**{**self.eviction, "budget": one}) for one in budgets]
+        return configs if configs[0].evicts else []
+
+    def trained_for(self) -> EvictionConfig:
+        """What the adapter was trained for, at the first budget; `full` where no step evicts."""
+        configs = self.eviction_configs()
+        return configs[0] if configs and self.training.dense_fraction < 1 else EvictionConfig(policy="full")
+
+
+def recipe_values(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """A recipe file as nested values, on top of the recipe that `base` names.
+
+    Raises:
+        ValueError: a missing file, or one that is no YAML mapping.
+    """
+    return _read(Path(path), ())
+
+
+def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
+    if path.resolve() in above:
+        raise ValueError(f"{path}: base recipes form a circle")
+    if not path.is_file():
+        raise ValueError(f"there is no recipe {str(path)!r}: give the path of a YAML file")
+    try:
+        values = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold a mapping of settings, got {type(values).__name__}")
+    base = values.pop("base", None)
+    if base is None:
+        return values
+    merged = _read(path.parent / base, (*above, path.resolve()))
+    for key, value in values.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = {**merged[key], **value} if both else value
+    return merged

@@ -75,7 +75,9 @@ def decode(
     assert all(len(row) - prompt == steps for row, prompt in zip(rows, prompts, strict=True))
     cache = EvictionCache(config, model.config, streams)
     ids, mask = left_padded([row[:prompt] for row, prompt in zip(rows, prompts, strict=True)])
-    out = model(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0), past_key_values=cache)
+    out = model(
+        input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0), past_key_values=cache
+    )
     logits = [[out.logits[i, -prompt:]] for i, prompt in enumerate(prompts)]
     held: list[dict[int, list[Tensor]]] = [{} for _ in rows]
     for step in range(steps):

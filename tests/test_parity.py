@@ -175,8 +175,12 @@ def test_rows_are_independent(policy):
     prompts, order = [5, 17, 33], [2, 0, 1]
     rows = rows_of(prompts, steps=45)
     streams = [10, 11, 12]
-    together, evict_at = simulate(model, config, [rows[i] for i in order], [prompts[i] for i in order], [streams[i] for i in order])
-    decoded, held, _ = decode(model, config, [rows[i] for i in order], [prompts[i] for i in order], [streams[i] for i in order])
+    together, evict_at = simulate(
+        model, config, [rows[i] for i in order], [prompts[i] for i in order], [streams[i] for i in order]
+    )
+    decoded, held, _ = decode(
+        model, config, [rows[i] for i in order], [prompts[i] for i in order], [streams[i] for i in order]
+    )
     for place, i in enumerate(order):
         alone, alone_at = simulate(model, config, [rows[i]], [prompts[i]], [streams[i]])
         alone_decoded, alone_held, _ = decode(model, config, [rows[i]], [prompts[i]], [streams[i]])

@@ -63,14 +63,18 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
 
 
 @torch.no_grad()
-def accuracy(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, split, seed: int, count: int) -> dict[str, float]:
+def accuracy(
+    model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, split, seed: int, count: int
+) -> dict[str, float]:
     """Share of problems whose total, and whose passcode, free greedy generation gets right."""
     model.eval()
     samples = list(problems(split, seed, count))
     scores = []
     for start in range(0, count, 250):
         chunk = samples[start : start + 250]
-        batch = tokenizer([sample.prompt for sample in chunk], return_tensors="pt", padding=True, return_token_type_ids=False)
+        batch = tokenizer(
+            [sample.prompt for sample in chunk], return_tensors="pt", padding=True, return_token_type_ids=False
+        )
         out = model.generate(**batch, max_new_tokens=128, do_sample=False)
         texts = tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
         scores += [grade(text, sample.answer, sample.passcode) for text, sample in zip(texts, chunk, strict=True)]
@@ -120,7 +124,9 @@ def main(settings: Settings) -> None:
             rows = settings.batch_tokens // (5 * pairs + 12)
             batch = [problem("train", settings.seed, index + row, pairs) for row in range(rows)]
             index += rows
-            ids = tokenizer([b.prompt + b.response + "<eos>" for b in batch], return_tensors="pt", return_token_type_ids=False)["input_ids"]
+            ids = tokenizer(
+                [b.prompt + b.response + "<eos>" for b in batch], return_tensors="pt", return_token_type_ids=False
+            )["input_ids"]
             labels = ids.clone()
             labels[:, : 2 * pairs + 5] = -100  # bos, @, two digits, the pairs, ?
             loss = model(input_ids=ids, labels=labels).loss
@@ -147,11 +153,16 @@ def main(settings: Settings) -> None:
                 log.flush()
                 print(row, flush=True)
     model.generation_config = GenerationConfig(
-        do_sample=False, pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id
+        do_sample=False,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
     )
     model.save_pretrained(settings.output)
     tokenizer.save_pretrained(settings.output)
-    final = {split: accuracy(model, tokenizer, split, settings.seed, settings.evaluate) for split in ("validation", "test")}
+    final = {
+        split: accuracy(model, tokenizer, split, settings.seed, settings.evaluate) for split in ("validation", "test")
+    }
     print(json.dumps(final), flush=True)
 
 

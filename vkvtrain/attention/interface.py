@@ -49,7 +49,9 @@ def attention_forward(
         )
     for name in _UNSUPPORTED:
         if kwargs.get(name) is not None:
-            raise ValueError(f"{type(module).__name__} passes {name!r} to its attention, which eviction does not support")
+            raise ValueError(
+                f"{type(module).__name__} passes {name!r} to its attention, which eviction does not support"
+            )
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if simulation is not None and layer is not None:
         raise ValueError("simulated_eviction and EvictionCache exclude each other: use the cache outside the block")
@@ -57,7 +59,9 @@ def attention_forward(
         return layer.attend(module, query, key, value, attention_mask, scaling, dropout), None
     assert simulation is not None
     if dropout:
-        raise ValueError(f"attention dropout is {dropout} in a simulation: set attention_dropout=0 in the model's config")
+        raise ValueError(
+            f"attention dropout is {dropout} in a simulation: set attention_dropout=0 in the model's config"
+        )
     index: Any = module.layer_idx
     return simulation.attend(index, query, key, value, attention_mask, scaling), None
 

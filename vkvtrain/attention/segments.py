@@ -29,7 +29,12 @@ def attend(query: Tensor, key: Tensor, value: Tensor, evict_at: Tensor, plan: Pl
     first = [row.events[0].position + 1 if row.events else row.length for row in plan.rows]
     longest = max(first)
     prefix = scaled_dot_product_attention(
-        query[:, :, :longest], key[:, :, :longest], value[:, :, :longest], is_causal=True, scale=scaling, enable_gqa=True
+        query[:, :, :longest],
+        key[:, :, :longest],
+        value[:, :, :longest],
+        is_causal=True,
+        scale=scaling,
+        enable_gqa=True,
     )
     parts = [_tokens(prefix), _tokens(query.new_zeros(1, query.shape[1], 1, value.shape[-1]))]
     zero = len(plan.rows) * longest

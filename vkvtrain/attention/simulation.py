@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from vkvtrain.attention import reference, segments
 from vkvtrain.config import EvictionConfig
 from vkvtrain.events import Chunks, normalise_chunks
-from vkvtrain.lifetimes import Plan, lifetimes, make_plan, never_evicted
+from vkvtrain.lifetimes import Plan, Row, lifetimes, make_plan, never_evicted
 from vkvtrain.noise import Stream, stream_key
 from vkvtrain.selection import Selector
 from vkvtrain.support import check_attention, evicting_layers
@@ -91,6 +91,11 @@ class Trace:
         self._selector = Selector(config) if config.evicts else None
         self._plan: Plan | None = None
 
+    @property
+    def rows(self) -> list[Row]:
+        """Lengths and events of the rows of the pass, once it has run."""
+        return [] if self._plan is None else self._plan.rows
+
     @contextmanager
     def suspended(self) -> Iterator[None]:
         """Attention is full inside: for a teacher's forward pass, without gradients."""
@@ -100,7 +105,9 @@ class Trace:
         finally:
             self.is_suspended = False
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float
+    ) -> Tensor:
         """Attention output [B, S, Hq, D] of a layer; decides its `evict_at` unless this is a recomputation."""
         if query.shape[2] != key.shape[2]:
             raise ValueError("simulated_eviction needs the whole sequence in one pass: leave past_key_values out")
@@ -125,7 +132,9 @@ class Trace:
     def _plan_of(self, mask: Tensor | None, rows: int, width: int, device: torch.device) -> Plan:
         if self._plan is None:
             if rows != len(self._prompts):
-                raise ValueError(f"prompt_lengths has {len(self._prompts)} entries for a batch of {rows} rows: give one each")
+                raise ValueError(
+                    f"prompt_lengths has {len(self._prompts)} entries for a batch of {rows} rows: give one each"
+                )
             lengths = [width] * rows if mask is None else _right_padded_lengths(mask, rows, width)
             self._plan = make_plan(self._config, self._prompts, self._streams, lengths, width, device)
         elif self._plan.width != width or len(self._plan.rows) != rows:

@@ -58,7 +58,9 @@ def resolve(name: str, known: Sequence[str]) -> str:
         raise ValueError(f"--{name} could be {' or '.join('--' + dotted for dotted in candidates)}: write one of them")
     if not candidates:
         close = nearest(name, [*known, *(dotted.rpartition(".")[2] for dotted in known)])
-        raise ValueError(f"--{name}: a recipe has no such setting{close if 'did you mean' in close else '; see --help'}")
+        raise ValueError(
+            f"--{name}: a recipe has no such setting{close if 'did you mean' in close else '; see --help'}"
+        )
     return candidates[0]
 
 

@@ -1,0 +1,33 @@
+# make demo       train the embedded model for eviction, evaluate it under eviction, print the table
+# make test       the tests
+# make lint       ruff and pyright
+# make demo-real  the same method on a real pretrained model (SmolLM2-135M)
+PYTHON ?= python3
+BIN := .venv/bin
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: demo test lint demo-real clean
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'vkvtrain needs Python 3.11 or newer: make PYTHON=python3.11')"
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[eval,deepspeed,tensorboard,gguf,dev]"
+	touch $@
+
+demo: .venv/installed
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python recipes/tiny/demo.py
+
+demo-real: .venv/installed
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python recipes/smollm2/demo.py
+
+test: .venv/installed
+	$(BIN)/python -m pytest -n 2
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+clean:
+	rm -rf .venv runs

@@ -1,0 +1,38 @@
+"""Fine-tune a model with LoRA while its KV cache is being evicted.
+
+    accelerate launch --config_file accelerate_configs/cpu.yaml recipes/finetune.py recipes/tiny/vase.yaml --budget 64
+
+Any setting of the recipe can be overridden: `--optim.learning_rate 1e-3`, or `--budget 64` where the name is unique.
+
+Features: objectives `sft` and `distill` (teacher: the same model, adapter disabled, full cache); a share of dense steps;
+one budget or several, drawn per step; LoRA through peft; one or many processes through accelerate.
+
+    --dry-run     print the plan (processes, batch, trainable share, a sample with its loss mask, evictions) and stop
+    --overwrite   replace a finished run in the output directory
+    --help        this text and every setting
+
+Writes the adapter, eviction_config.json, recipe.yaml, metrics.jsonl and environment.json to `output`. Bad settings are one
+sentence on standard error and exit status 2, before any model is loaded.
+"""
+
+import sys
+
+from vkvtrain.training.loop import train
+from vkvtrain.training.overrides import describe_settings, load_recipe, parse_command
+
+
+def main(arguments: list[str]) -> int:
+    try:
+        command = parse_command(arguments)
+        if command.help or command.recipe is None:
+            print(f"{__doc__}\nSettings [default]:\n{describe_settings()}")
+            return 0
+        train(load_recipe(command.recipe, command.overrides), dry_run=command.dry_run, overwrite=command.overwrite)
+    except ValueError as error:
+        print(f"finetune: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,50 @@
+"""The run directory: adapter, eviction setting, resolved recipe, log and environment. A directory is evidence."""
+
+import importlib.metadata
+import json
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from vkvtrain.training.settings import Recipe
+
+FINISHED = "adapter_model.safetensors"
+
+
+def check_output(directory: Path, overwrite: bool) -> None:
+    """Raise ValueError if a finished run is already there, unless it may be overwritten."""
+    if (directory / FINISHED).exists() and not overwrite:
+        raise ValueError(f"output {str(directory)!r} holds a finished run: choose another output, or pass --overwrite")
+
+
+def environment() -> dict[str, Any]:
+    """Versions that a number depends on."""
+    names = ("vkvtrain", "torch", "transformers", "peft", "accelerate")
+    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return {
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        **{name: importlib.metadata.version(name) for name in names},
+        "git": git.stdout.strip() or None,
+    }
+
+
+def start_run(recipe: Recipe) -> Path:
+    """Write what is known before training; returns the path of the log."""
+    recipe.output.mkdir(parents=True, exist_ok=True)
+    (recipe.output / FINISHED).unlink(missing_ok=True)
+    (recipe.output / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
+    (recipe.output / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n")
+    log = recipe.output / "metrics.jsonl"
+    log.write_text("")
+    return log
+
+
+def finish_run(recipe: Recipe, model: Any, tokenizer: Any) -> None:
+    """Write the adapter, its tokenizer and the eviction setting that it was trained for; the weights come last."""
+    recipe.trained_for().save_pretrained(recipe.output)
+    tokenizer.save_pretrained(recipe.output)
+    model.save_pretrained(recipe.output, safe_serialization=True)

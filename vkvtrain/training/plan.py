@@ -1,0 +1,49 @@
+"""What is said before training: who takes part, how much, and what one sample looks like."""
+
+from statistics import mean
+from typing import Any
+
+from vkvtrain.events import evictions_by
+from vkvtrain.training.data import Row, TrainingData
+from vkvtrain.training.settings import Recipe
+
+
+def expected_evictions(rows: list[Row], budget: int, window: int) -> float:
+    """Mean number of eviction events of a row when its response is decoded (its last token is never given to a cache)."""
+    return mean(evictions_by(row.prompt_length, row.length - 1, budget, window) for row in rows)
+
+
+def plan(recipe: Recipe, data: TrainingData, tokenizer: Any, model: Any, processes: int, asked: int) -> str:
+    """The plan of a run as text."""
+    training = recipe.training
+    share = training.global_batch // processes
+    forward = min(training.batch_per_device, share)
+    tokens = mean(row.length for row in data.train)
+    trainable, total = model.get_nb_trainable_parameters()
+    first = data.train[0]
+    lines = [
+        f"processes        {processes} (asked for {asked})",
+        f"batch            {forward} a forward pass x {-(-share // forward)} accumulated x {processes} processes = "
+        f"{training.global_batch} sequences, about {training.global_batch * tokens:,.0f} tokens a step",
+        f"data             {len(data.train)} rows of {tokens:.0f} tokens on average, {data.left_out} left out as too "
+        f"long, {training.steps * training.global_batch / len(data.train):.2f} epochs",
+        f"trainable        {trainable:,} of {total:,} parameters ({trainable / total:.2%})",
+        f"objective        {training.objective}, {training.steps} steps, {training.dense_fraction:.0%} of them dense",
+    ]
+    configs = recipe.eviction_configs() if training.dense_fraction < 1 else []
+    for config in configs:
+        assert config.budget is not None
+        events = expected_evictions(data.train, config.budget, config.window)
+        lines.append(
+            f"eviction         {config.policy}, budget {config.budget}, window {config.window}: "
+            f"{events:.1f} evictions a sample"
+        )
+        if events == 0:
+            lines.append(f"WARNING          no row ever exceeds budget {config.budget}: training would be dense")
+    if not configs:
+        lines.append("eviction         none: this is a dense run")
+    prompt = tokenizer.decode(first.input_ids[: first.prompt_length])
+    response = tokenizer.decode(first.input_ids[first.prompt_length :])
+    lines += [f"first sample     no loss  | {prompt}", f"                 loss     | {response}"]
+    lines.append(f"output           {recipe.output}")
+    return "\n".join(lines)

@@ -1,0 +1,51 @@
+"""The `vkvtrain` command."""
+
+import sys
+
+_HELP = """usage: vkvtrain [-h] [--version] {lm-eval} ...
+
+  lm-eval   lm-eval with the model `vkv`, whose generation uses the evicting cache; takes lm-eval's own arguments:
+            vkvtrain lm-eval run --model vkv --model_args pretrained=...,policy=vase_attnv,budget=2048,window=64
+            --tasks ... --output_path ... --log_samples
+            (peft=... adds an adapter; without policy= the cache is full)
+
+Training is launched by recipes: see recipes/finetune.py --help.
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a subcommand; returns the exit status."""
+    rest = list(sys.argv[1:] if arguments is None else arguments)
+    if not rest or rest[0] in ("-h", "--help"):
+        print(_HELP, end="")
+        return 0
+    if rest[0] == "--version":
+        from vkvtrain import __version__
+
+        print(__version__)
+        return 0
+    if rest[0] != "lm-eval":
+        print(f"vkvtrain: there is no command {rest[0]!r} (known: lm-eval)", file=sys.stderr)
+        return 2
+    try:
+        lm_eval(rest[1:])
+    except ValueError as error:
+        print(f"vkvtrain lm-eval: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def lm_eval(arguments: list[str]) -> None:
+    """lm-eval's own command line with the model `vkv` registered; 0.4.13 finds no plugins by itself."""
+    if any(argument.split("=")[0] in ("--use_cache", "-c") for argument in arguments):
+        raise ValueError("--use_cache: lm-eval's request cache does not know the budget; leave it out")
+    import vkvtrain.evaluation.lm  # noqa: F401  registers the model
+
+    from lm_eval.__main__ import cli_evaluate
+
+    sys.argv = ["vkvtrain lm-eval", *arguments]
+    cli_evaluate()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Evaluation under eviction: the lm-eval model, metrics and intervals."""

@@ -4,15 +4,15 @@
 
 Any setting of the recipe can be overridden: `--optim.learning_rate 1e-3`, or `--budget 64` where the name is unique.
 
-Features: objectives `sft` and `distill` (teacher: the same model, adapter disabled, full cache); a share of dense steps;
-one budget or several, drawn per step; LoRA through peft; one or many processes through accelerate.
+Features: objectives `sft` and `distill` (teacher: the same model, adapter disabled, full cache); a share of dense
+steps; one budget or several, drawn per step; LoRA through peft; one or many processes through accelerate.
 
     --dry-run     print the plan (processes, batch, trainable share, a sample with its loss mask, evictions) and stop
     --overwrite   replace a finished run in the output directory
     --help        this text and every setting
 
-Writes the adapter, eviction_config.json, recipe.yaml, metrics.jsonl and environment.json to `output`. Bad settings are one
-sentence on standard error and exit status 2, before any model is loaded.
+Writes the adapter, eviction_config.json, recipe.yaml, metrics.jsonl and environment.json to `output`. Bad settings are
+one sentence on standard error and exit status 2, before any model is loaded.
 """
 
 import sys

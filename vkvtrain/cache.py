@@ -340,8 +340,8 @@ class EvictionCache(Cache):
     """A KV cache bounded by an eviction policy, for `model.generate(..., past_key_values=cache)`.
 
     Rows are left-padded and independent of each other. Passing the cache again continues its sequences; `reset` starts
-    afresh. Greedy and sampling work, also with `num_return_sequences`; beam search, assisted decoding, chunked prefill and
-    cropping are refused.
+    afresh. Greedy and sampling work, also with `num_return_sequences`; beam search, assisted decoding, chunked prefill
+    and cropping are refused.
 
     Args:
         config: the eviction setting.

@@ -39,9 +39,9 @@ def lm_eval(arguments: list[str]) -> None:
     """lm-eval's own command line with the model `vkv` registered; 0.4.13 finds no plugins by itself."""
     if any(argument.split("=")[0] in ("--use_cache", "-c") for argument in arguments):
         raise ValueError("--use_cache: lm-eval's request cache does not know the budget; leave it out")
-    import vkvtrain.evaluation.lm  # noqa: F401  registers the model
-
     from lm_eval.__main__ import cli_evaluate
+
+    import vkvtrain.evaluation.lm  # noqa: F401  registers the model
 
     sys.argv = ["vkvtrain lm-eval", *arguments]
     cli_evaluate()

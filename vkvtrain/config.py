@@ -58,7 +58,7 @@ class EvictionConfig(Settings):
     policy: str = "vase_attnv"
     """Name of the eviction policy (`vkvtrain.policies.POLICIES`)."""
     budget: int | None = None
-    """Entries that a KV head keeps after an eviction event, the window included; required unless the policy is `full`."""
+    """Entries that a KV head keeps after an event, the window included; required unless the policy is `full`."""
     window: int = Field(default=64, ge=1)
     """Newest entries, always kept; also the number of tokens between two eviction events."""
     sinks: int = Field(default=4, ge=0)

@@ -1,8 +1,8 @@
 """Training: from a layer's queries, keys and values to `evict_at`, the whole sequence's eviction in one integer a key.
 
-`evict_at[b, h, j]` is the first query position that no longer sees key `j`; a key that is never dropped has S + 1, padding
-has 0. The events are walked in order, in parallel over rows and heads, with the same selection code that decoding uses.
-Knows nothing of attention outputs: a layer's choice depends only on its own q, k, v.
+`evict_at[b, h, j]` is the first query position that no longer sees key `j`; a key that is never dropped has S + 1,
+padding has 0. The events are walked in order, in parallel over rows and heads, with the same selection code that
+decoding uses. Knows nothing of attention outputs: a layer's choice depends only on its own q, k, v.
 """
 
 from collections.abc import Sequence

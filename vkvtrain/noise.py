@@ -1,8 +1,8 @@
 """Counter-based random numbers: a pure function of (seed, stream, layer, KV head, event, position).
 
-Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) on int64 tensors, so the integers are
-bit-equal on every device and in every batch layout. The 64-bit key is a hash of seed and stream; the four counter words
-are position, event, layer and KV head, so no two numbers of a sequence share a counter.
+Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) on int64 tensors, so the integers
+are bit-equal on every device and in every batch layout. The 64-bit key is a hash of seed and stream; the four counter
+words are position, event, layer and KV head, so no two numbers of a sequence share a counter.
 """
 
 import hashlib

@@ -38,7 +38,7 @@ def ranks(score: Tensor) -> Tensor:
 
 
 def top(rank: Tensor, count: int) -> Tensor:
-    """Slots of the `count` highest ranks along the last dimension, ascending; among equal ranks the newest come first."""
+    """Slots of the `count` highest ranks along the last dimension, ascending; among equal ranks the newest first."""
     slots = torch.arange(rank.shape[-1], device=rank.device)
     return (rank * 2**32 + slots).topk(count, sorted=False).indices.sort(-1).values
 

@@ -14,8 +14,9 @@ def check_attention(model_config: Any, who: str) -> None:
     implementation = model_config._attn_implementation
     if implementation != ATTENTION:
         raise ValueError(
-            f"{who} needs attn_implementation={ATTENTION!r}, but the model's is {implementation!r}: load it with "
-            f"from_pretrained(..., attn_implementation={ATTENTION!r}) or call model.set_attn_implementation({ATTENTION!r})"
+            f"{who} needs attn_implementation={ATTENTION!r}, but the model's is {implementation!r}: load it "
+            f"with from_pretrained(..., attn_implementation={ATTENTION!r}), or call "
+            f"model.set_attn_implementation({ATTENTION!r})"
         )
 
 
@@ -33,9 +34,8 @@ def evicting_layers(model_config: Any, config: EvictionConfig) -> list[bool]:
             f"{text.model_type}: multi-head latent attention (kv_lora_rank) caches no keys and values per head, "
             "so there is nothing to evict; use a model with grouped-query or multi-head attention"
         )
-    types: Sequence[str] | None = getattr(text, "layer_types", None)
-    if types is None:
-        types = ["sliding_attention" if getattr(text, "sliding_window", None) else "full_attention"] * layers
+    kind = "sliding_attention" if getattr(text, "sliding_window", None) else "full_attention"
+    types: Sequence[str] = getattr(text, "layer_types", None) or [kind] * layers
     other = sorted(set(types) - {"full_attention"})
     if other:
         where = [index for index, kind in enumerate(types) if kind != "full_attention"]

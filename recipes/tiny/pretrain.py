@@ -12,13 +12,14 @@ import random
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import tyro
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from vkvtrain.tiny.task import ALPHABET, END_THINK, MAX_PAIRS, THINK, grade, problem, problems
+from vkvtrain.tiny.task import ALPHABET, END_THINK, MAX_PAIRS, SPLITS, THINK, Split, grade, problem, problems
 
 
 @dataclass
@@ -39,7 +40,7 @@ class Settings:
     """Validation and test problems for the numbers in the card, answered by greedy generation."""
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
+def build_tokenizer() -> Any:
     """One token a character; `<think>` and `</think>` are tokens of their own; a beginning-of-text token is added."""
     words = ["<pad>", "<bos>", "<eos>", THINK, END_THINK, *ALPHABET]
     tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<pad>"))
@@ -52,20 +53,18 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )  # fmt: skip
 
 
-def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
+def build_model(tokenizer: Any) -> Any:
     config = Qwen3Config(
         vocab_size=len(tokenizer), hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=32, max_position_embeddings=512, rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-        tie_word_embeddings=True, pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id, attention_dropout=0.0,
+        num_key_value_heads=2, head_dim=32, max_position_embeddings=512, rope_parameters={"rope_type": "default",
+        "rope_theta": 10000.0}, tie_word_embeddings=True, pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, attention_dropout=0.0,
     )  # fmt: skip
     return Qwen3ForCausalLM(config)
 
 
 @torch.no_grad()
-def accuracy(
-    model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, split, seed: int, count: int
-) -> dict[str, float]:
+def accuracy(model: Any, tokenizer: Any, split: Split, seed: int, count: int) -> dict[str, float]:
     """Share of problems whose total, and whose passcode, free greedy generation gets right."""
     model.eval()
     samples = list(problems(split, seed, count))
@@ -160,9 +159,7 @@ def main(settings: Settings) -> None:
     )
     model.save_pretrained(settings.output)
     tokenizer.save_pretrained(settings.output)
-    final = {
-        split: accuracy(model, tokenizer, split, settings.seed, settings.evaluate) for split in ("validation", "test")
-    }
+    final = {split: accuracy(model, tokenizer, split, settings.seed, settings.evaluate) for split in SPLITS[1:]}
     print(json.dumps(final), flush=True)
 
 

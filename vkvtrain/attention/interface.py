@@ -1,8 +1,8 @@
 """The attention function and mask function that `attn_implementation="vkvtrain"` names.
 
-Plain SDPA when neither a simulation nor an `EvictionCache` is in play. A simulation is found from the module; a cache layer
-from the key tensor that its `update` returned: an attribute on that tensor needs no hook on the model, works through
-wrappers, and cannot outlive the call.
+Plain SDPA when neither a simulation nor an `EvictionCache` is in play. A simulation is found from the module; a cache
+layer from the key tensor that its `update` returned: an attribute on that tensor needs no hook on the model, works
+through wrappers, and cannot outlive the call.
 """
 
 from typing import Any
@@ -52,18 +52,18 @@ def attention_forward(
             raise ValueError(
                 f"{type(module).__name__} passes {name!r} to its attention, which eviction does not support"
             )
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    factor = query.shape[-1] ** -0.5 if scaling is None else scaling
     if simulation is not None and layer is not None:
         raise ValueError("simulated_eviction and EvictionCache exclude each other: use the cache outside the block")
     if layer is not None:
-        return layer.attend(module, query, key, value, attention_mask, scaling, dropout), None
+        return layer.attend(module, query, key, value, attention_mask, factor, dropout), None
     assert simulation is not None
     if dropout:
         raise ValueError(
             f"attention dropout is {dropout} in a simulation: set attention_dropout=0 in the model's config"
         )
     index: Any = module.layer_idx
-    return simulation.attend(index, query, key, value, attention_mask, scaling), None
+    return simulation.attend(index, query, key, value, attention_mask, factor), None
 
 
 def attention_mask(*args: Any, **kwargs: Any) -> Tensor | None:
@@ -77,8 +77,8 @@ def attention_mask(*args: Any, **kwargs: Any) -> Tensor | None:
         return sdpa_mask(*args, **kwargs)
     if kwargs.get("mask_function", causal_mask_function) is not causal_mask_function:
         raise ValueError(
-            "simulated_eviction takes one right-padded sequence a row: packed sequences and custom mask patterns are not "
-            "supported, pass a two-dimensional attention_mask"
+            "simulated_eviction takes one right-padded sequence a row: packed sequences and custom mask patterns are "
+            "not supported, pass a two-dimensional attention_mask"
         )
     return kwargs.get("attention_mask")
 

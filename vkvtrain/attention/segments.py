@@ -1,7 +1,7 @@
 """Attention under `evict_at`, segment by segment: O(S * budget) on any device.
 
-The queries between two events see one fixed set of `budget` past keys and their own causal block. So the tokens up to the
-first event are plain causal attention, and each later segment gathers what its event kept.
+The queries between two events see one fixed set of `budget` past keys and their own causal block. So the tokens up to
+the first event are plain causal attention, and each later segment gathers what its event kept.
 """
 
 from collections.abc import Iterator, Sequence

@@ -1,8 +1,8 @@
 """Simulated eviction: one parallel pass in which every query sees what it would see while decoding.
 
-The state of a simulation is reached from the attention module, through a weak map filled from `model.modules()`: recomputation
-under gradient checkpointing runs in an autograd worker thread on CUDA, where thread-local state and context variables
-are not to be had.
+The state of a simulation is reached from the attention module, through a weak map filled from `model.modules()`:
+recomputation under gradient checkpointing runs in an autograd worker thread on CUDA, where thread-local state and
+context variables are not to be had.
 """
 
 import inspect
@@ -113,8 +113,8 @@ class Trace:
             raise ValueError("simulated_eviction needs the whole sequence in one pass: leave past_key_values out")
         if layer in self.evict_at and not in_backward():
             raise RuntimeError(
-                f"layer {layer} ran twice in one simulated_eviction block: open a block for each forward pass, and run a "
-                "teacher before it or inside trace.suspended()"
+                f"layer {layer} ran twice in one simulated_eviction block: open a block for each forward pass, and run "
+                "a teacher before it or inside trace.suspended()"
             )
         plan = self._plan_of(mask, key.shape[0], key.shape[2], key.device)
         if not self._evicts[layer]:
@@ -168,8 +168,8 @@ def simulated_eviction(
     Args:
         model: a transformers model loaded with `attn_implementation="vkvtrain"`, PEFT and other wrappers included.
         config: the eviction setting.
-        prompt_lengths: of each row the length of its prompt, or a list of (start, end) chunks that decoding would append
-            without eviction.
+        prompt_lengths: of each row the length of its prompt, or a list of (start, end) chunks that decoding would
+            append without eviction.
         streams: names each row's randomness, ints or tuples of ints; default 0, 1, ...
         backend: `segments`, `reference`, or `auto` (the fastest here; never `reference`).
 
@@ -214,8 +214,8 @@ def simulated_eviction(
 
 
 def attention_modules(model: nn.Module) -> list[Any]:
-    """The attention modules of a transformers model: they have a `layer_idx` and a configuration, and their forward takes
-    a cache."""
+    """The attention modules of a transformers model: they have a `layer_idx` and a configuration, and their forward
+    takes a cache."""
     return [
         module
         for module in model.modules()

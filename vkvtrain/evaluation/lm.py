@@ -1,8 +1,9 @@
 """The lm-eval model `vkv`: an `HFLM` whose generation uses the evicting cache.
 
 Model arguments are HFLM's and the fields of `EvictionConfig` (`policy=vase_attnv,budget=64,window=16`), or
-`eviction_config=<directory or repository>`. Without either the cache is full. A PEFT directory's own eviction_config.json is
-never read silently: what an adapter was trained for and what it is evaluated under are separate settings.
+`eviction_config=<directory or repository>`. Without either the cache is full. A PEFT directory's own
+eviction_config.json is never read silently: what an adapter was trained for and what it is evaluated under are separate
+settings.
 """
 
 import hashlib
@@ -64,8 +65,11 @@ def take_eviction_config(arguments: dict[str, Any]) -> EvictionConfig:
     return EvictionConfig(**given) if given else EvictionConfig(policy="full")
 
 
+_HFLM: Any = HFLM  # lm-eval's registry leaves it without a type
+
+
 @register_model("vkv")
-class EvictionLM(HFLM):
+class EvictionLM(_HFLM):
     """`HFLM` that generates with `EvictionCache`."""
 
     def __init__(self, pretrained: str, **arguments: Any) -> None:
@@ -95,16 +99,18 @@ class EvictionLM(HFLM):
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Generate with the evicting cache; a result depends on (document, repeat), not on its batch.
 
-        Each request's logged arguments gain a list of records (one a repeat): tokens, evictions, peak entries and bytes,
-        counted to the sample's own end.
+        Each request's logged arguments gain a list of records (one a repeat): tokens, evictions, peak entries and
+        bytes, counted to the sample's own end.
         """
         repeats: dict[int, int] = {}
         jobs = []
         for place, request in enumerate(requests):
             repeat = repeats.get(id(request), 0)
             repeats[id(request)] = repeat + 1
-            context, settings = request.args
-            jobs.append((place, request, repeat, self.tok_encode(context), normalize_gen_kwargs(settings, self.max_gen_toks)))
+            context, settings = request.args[0], request.args[1]
+            jobs.append(
+                (place, request, repeat, self.tok_encode(context), normalize_gen_kwargs(settings, self.max_gen_toks))
+            )
         size = self.batch_size if isinstance(self.batch_size, int) else 16
         groups: dict[str, list[Any]] = {}
         for job in jobs:
@@ -116,10 +122,11 @@ class EvictionLM(HFLM):
             group.sort(key=lambda job: -len(job[3]))
             for start in range(0, len(group), size):
                 batch = group[start : start + size]
-                for (place, request, *_), text in zip(batch, self._generate_batch(batch), strict=True):
+                for (place, request, repeat, *_), text in zip(batch, self._generate_batch(batch), strict=True):
                     results[place] = text
-                    request.args[1].setdefault(RECORD, []).append(text.record)
-                    self.records.append(text.record)
+                    if repeat < (request.repeats or 1):  # a lagging rank is given its last request again
+                        request.args[1].setdefault(RECORD, []).append(text.record)
+                        self.records.append(text.record)
                 bar.update(len(batch))
         bar.close()
         self._report()
@@ -131,6 +138,8 @@ class EvictionLM(HFLM):
         until = handle_stop_sequences(settings.pop("until", None), eos=end)
         limit = settings.pop("max_gen_toks")
         settings.pop("max_length", None)
+        if not settings.get("do_sample"):
+            settings.pop("temperature", None)  # lm-eval sets 0, which transformers warns about
         longest = self.max_length - limit
         if longest < 1:
             raise ValueError(f"max_gen_toks ({limit}) must be less than the model's max_length ({self.max_length})")
@@ -202,14 +211,18 @@ class EvictionLM(HFLM):
     def _refuse_scoring(self) -> None:
         if self.eviction.evicts:
             raise ValueError(
-                "this task scores continuations in one forward pass, where nothing is evicted: use a task that generates, "
-                "or policy=full"
+                "this task scores continuations in one forward pass, where nothing is evicted: use a task that "
+                "generates, or policy=full"
             )
 
     def get_model_info(self) -> dict[str, Any]:
         """HFLM's information, the eviction setting and what it did on this rank."""
         evictions = sum(record["evictions"] for record in self.records)
-        info = {"setting": self.eviction.model_dump(mode="json"), "generations": len(self.records), "evictions": evictions}
+        info = {
+            "setting": self.eviction.model_dump(mode="json"),
+            "generations": len(self.records),
+            "evictions": evictions,
+        }
         if self.eviction.evicts and self.records and not evictions:
             info["warning"] = "no eviction happened"
         return {**super().get_model_info(), "eviction": info}

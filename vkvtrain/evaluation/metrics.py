@@ -19,8 +19,8 @@ def is_looping(tokens: Sequence[int], longest: int = 64, repeats: int = 4) -> bo
 def interval(values: Sequence[float], seed: int = 0) -> dict[str, float]:
     """Mean over problems and its 95% interval: `{"value", "low", "high"}`.
 
-    Bias-corrected bootstrap over problems (scipy, BCa); Wilson's score interval where all values are equal and the bootstrap
-    has nothing to vary.
+    Bias-corrected bootstrap over problems (scipy, BCa); Wilson's score interval where all values are equal and the
+    bootstrap has nothing to vary.
     """
     data = np.asarray(values, dtype=float)
     mean = float(data.mean())

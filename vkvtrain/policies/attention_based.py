@@ -21,7 +21,10 @@ class SnapKV(Policy):
 
 @dataclass(frozen=True)
 class VaseAttnV(Policy):
-    """Protect the largest value ranges, sample the rest in proportion to the window attention (VaSE, arXiv 2606.03928)."""
+    """Protect the largest value ranges, sample the rest in proportion to the window attention.
+
+    Source: VaSE (arXiv 2606.03928).
+    """
 
     needs_queries: ClassVar[bool] = True
     needs_keys: ClassVar[bool] = True

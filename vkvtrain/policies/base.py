@@ -1,6 +1,7 @@
-"""What a policy is: it scores candidates. Selection (protection, sampling, ties) is shared code in `vkvtrain.selection`.
+"""What a policy is: it scores candidates. Selection (protection, sampling, ties) is in `vkvtrain.selection`.
 
-Shapes: N sequences, Hq query heads, Hkv KV heads (Hq a multiple of Hkv), R window queries, C candidates, D head dimension.
+Shapes: N sequences, Hq query heads, Hkv KV heads (Hq a multiple of Hkv), R window queries, C candidates, D head
+dimension.
 """
 
 from dataclasses import dataclass
@@ -56,8 +57,8 @@ class Policy:
 def window_attention(candidates: Candidates, smooth: bool) -> Tensor:
     """The attention that the window pays to each candidate, `a` [N, Hkv, C].
 
-    Softmax over the candidates only of `q.k * scaling`, mean over the R window queries, average-pooled over 5 neighbours
-    (stride 1, zero padding counted) if `smooth`, mean over the query heads of the KV head. Source: SnapKV
+    Softmax over the candidates only of `q.k * scaling`, mean over the R window queries, average-pooled over 5
+    neighbours (stride 1, zero padding counted) if `smooth`, mean over the query heads of the KV head. Source: SnapKV
     (arXiv 2404.14469) in its decode form, as VaSE (arXiv 2606.03928) uses it.
     """
     assert candidates.queries is not None

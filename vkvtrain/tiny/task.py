@@ -1,14 +1,14 @@
 """The embedded task: a keyed running sum that needs its own past, with a once-stated passcode.
 
-A prompt states a two-digit passcode and keyed digits in random order; the response visits the keys in alphabetical order
-(lower case first), restating each key, its digit and the running total modulo 10, and closes with the total and the
+A prompt states keyed digits in alphabetical order of the keys (lower case first) and, somewhere among them, a two-digit
+passcode; the response restates each key, its digit and the running total modulo 10, and closes with the total and the
 passcode::
 
-    prompt     @58b7a3c1?
+    prompt     a3b7@58c1?
     response   <think>a33b70c11</think>1@58
 
-Every step looks its key up in the prompt, so a cache that lost the entry cannot continue; the passcode is stated once and
-used once, after everything else. Knows nothing of models or eviction.
+Every step looks its key up in the prompt, so a cache that lost the entry cannot continue; the passcode is stated once
+and used once, after everything else. Knows nothing of models or eviction.
 """
 
 import hashlib
@@ -64,8 +64,9 @@ def problem(split: Split, seed: int, index: int, pairs: int = MAX_PAIRS) -> Prob
     while True:
         digits = {key: rng.randrange(10) for key in KEYS[:pairs]}
         passcode = f"{rng.randrange(100):02d}"
-        stated = rng.sample(sorted(digits), pairs)
-        prompt = f"@{passcode}" + "".join(f"{key}{digits[key]}" for key in stated) + "?"
+        stated = [f"{key}{digit}" for key, digit in digits.items()]
+        stated.insert(rng.randint(min(2, pairs), pairs), f"@{passcode}")  # never where sinks would keep it
+        prompt = "".join(stated) + "?"
         if split_of(prompt) == split:
             break
     total, steps = 0, []
@@ -82,7 +83,7 @@ def problems(split: Split, seed: int, count: int, pairs: int = MAX_PAIRS) -> Ite
 
 
 def grade(response: str, answer: str, passcode: str) -> tuple[bool, bool]:
-    """(the total is right, the passcode is right) of a generated response; an unfinished chain of thought has neither."""
+    """(the total is right, the passcode is right) of a generated response; an unfinished chain has neither."""
     _, closed, final = response.partition(END_THINK)
     total, fact = _ANSWER.match(final), _PASSCODE.match(final)
     return bool(closed and total and total[1] == answer), bool(closed and fact and fact[1] == passcode)

@@ -1,7 +1,8 @@
 """Training rows: read or generated, tokenised, ordered and collated.
 
-A row is a prompt and a response; the loss is on the response, its end-of-sequence token included. Prompt and response are
-tokenised apart, because that is what generation does: the prompt alone, then tokens appended. Knows nothing of models.
+A row is a prompt and a response; the loss is on the response, its end-of-sequence token included. Prompt and response
+are tokenised apart, because that is what generation does: the prompt alone, then tokens appended. Knows nothing of
+models.
 """
 
 import json

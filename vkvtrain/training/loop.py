@@ -40,7 +40,9 @@ def train(recipe: Recipe, dry_run: bool = False, overwrite: bool = False) -> Non
         FloatingPointError: a loss that is not finite.
     """
     check_output(recipe.output, overwrite)
-    accelerator = Accelerator(log_with=None if recipe.log.tracker == "none" else recipe.log.tracker, project_dir=recipe.output)
+    accelerator = Accelerator(
+        log_with=None if recipe.log.tracker == "none" else recipe.log.tracker, project_dir=recipe.output
+    )
     check_world_size(recipe, accelerator)
     set_seed(recipe.seed)
     name = str(MODEL_PATH) if recipe.model.name == "tiny" else recipe.model.name
@@ -64,7 +66,9 @@ def train(recipe: Recipe, dry_run: bool = False, overwrite: bool = False) -> Non
     )
     model, optimizer = accelerator.prepare(model, optimizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    bar = tqdm(total=recipe.training.steps, disable=not accelerator.is_main_process, desc=recipe.output.name, mininterval=2)
+    bar = tqdm(
+        total=recipe.training.steps, disable=not accelerator.is_main_process, desc=recipe.output.name, mininterval=2
+    )
     for step in range(recipe.training.steps):
         began = time.monotonic()
         config = step_eviction(recipe, step)
@@ -125,6 +129,12 @@ def check_world_size(recipe: Recipe, accelerator: Accelerator) -> None:
         raise ValueError(f"training.global_batch ({batch}) must be a multiple of the {got} processes")
 
 
+def over_processes(accelerator: Accelerator, values: torch.Tensor) -> torch.Tensor:
+    """The sum of a tensor over the processes."""
+    total: Any = accelerator.reduce(values, "sum")
+    return total
+
+
 def step_rows(recipe: Recipe, rows: list[Row], step: int, rank: int, processes: int) -> list[tuple[Row, int]]:
     """(row, epoch) of a rank's share of a step: every n-th of the global batch."""
     size = recipe.training.global_batch
@@ -143,7 +153,7 @@ def train_step(
     counts = torch.tensor(
         [sum(row.response_length for row, _ in mine), sum(row.length for row, _ in mine)], device=accelerator.device
     )
-    targets, tokens = accelerator.reduce(counts, "sum").tolist()
+    targets, tokens = over_processes(accelerator, counts).tolist()
     loss, evictions, live = torch.zeros((), device=accelerator.device), 0.0, 0.0
     for number, part in enumerate(parts):
         batch = collate([row for row, _ in part], [epoch for _, epoch in part], pad, accelerator.device)
@@ -156,16 +166,21 @@ def train_step(
         if trace is not None:
             events, share = what_happened(trace, batch)
             evictions, live = evictions + events * len(part) / len(mine), live + share * len(part) / len(mine)
-    total = accelerator.reduce(loss, "sum").item()
+    total = over_processes(accelerator, loss).item()
     if not math.isfinite(total):
         raise FloatingPointError(
             f"the loss of step {step + 1} is {total}; samples {[row.index for row, _ in mine]} on rank "
             f"{accelerator.process_index}: lower optim.learning_rate, or look at these samples"
         )
-    norm = accelerator.clip_grad_norm_(model.parameters(), recipe.optim.max_grad_norm)
+    norm: Any = accelerator.clip_grad_norm_(model.parameters(), recipe.optim.max_grad_norm)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    logged = {"loss": total, "grad_norm": float(norm), "tokens": tokens, "kind": "dense" if config is None else "evicted"}
+    logged = {
+        "loss": total,
+        "grad_norm": float(norm),
+        "tokens": tokens,
+        "kind": "dense" if config is None else "evicted",
+    }
     if config is not None:
         logged |= {"budget": config.budget, "evictions": round(evictions, 3), "live_fraction": round(live, 4)}
     return logged

@@ -9,7 +9,7 @@ from vkvtrain.training.settings import Recipe
 
 
 def expected_evictions(rows: list[Row], budget: int, window: int) -> float:
-    """Mean number of eviction events of a row when its response is decoded (its last token is never given to a cache)."""
+    """Mean number of events of a row when its response is decoded (its last token is never given to a cache)."""
     return mean(evictions_by(row.prompt_length, row.length - 1, budget, window) for row in rows)
 
 

@@ -39,7 +39,7 @@ class DataSettings(Settings):
 class LoraSettings(Settings):
     r: int = Field(default=16, ge=1)
     """Rank."""
-    alpha: float = Field(default=32, gt=0)
+    alpha: int = Field(default=32, ge=1)
     """Scale: the update is multiplied by alpha / r."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout of the adapter's input."""
@@ -114,8 +114,8 @@ class Recipe(Settings):
             raise ValueError(f"eviction: {error}") from None
         if self.training.objective == "distill" and self.lora.init in ("pissa", "olora"):
             raise ValueError(
-                f"lora.init {self.lora.init!r} rewrites the base weights, so the model without its adapter is no teacher: "
-                "use 'default' or 'gaussian', or objective 'sft'"
+                f"lora.init {self.lora.init!r} rewrites the base weights, so the model without its adapter is no "
+                "teacher: use 'default' or 'gaussian', or objective 'sft'"
             )
         if self.optim.warmup_steps > self.training.steps:
             raise ValueError(

@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 import tyro
+from huggingface_hub import ModelCard
+from huggingface_hub import ModelCardData as CardData
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
@@ -26,7 +28,7 @@ from vkvtrain.tiny.task import ALPHABET, END_THINK, MAX_PAIRS, SPLITS, THINK, Sp
 class Settings:
     output: Path
     """Directory to write the model to."""
-    steps: int = 2000
+    steps: int = 1000
     """Optimiser steps once the curriculum has reached full length."""
     patience: int = 4000
     """Give up if the curriculum has not reached full length after so many steps."""
@@ -74,7 +76,7 @@ def accuracy(model: Any, tokenizer: Any, split: Split, seed: int, count: int) ->
         batch = tokenizer(
             [sample.prompt for sample in chunk], return_tensors="pt", padding=True, return_token_type_ids=False
         )
-        out = model.generate(**batch, max_new_tokens=128, do_sample=False)
+        out = model.generate(**batch, max_new_tokens=160, do_sample=False)
         texts = tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
         scores += [grade(text, sample.answer, sample.passcode) for text, sample in zip(texts, chunk, strict=True)]
     model.train()
@@ -120,7 +122,7 @@ def main(settings: Settings) -> None:
             for group in optimizer.param_groups:
                 group["lr"] = rate
             pairs = curriculum.pairs(rng)
-            rows = settings.batch_tokens // (5 * pairs + 12)
+            rows = settings.batch_tokens // (9 * pairs + 12)
             batch = [problem("train", settings.seed, index + row, pairs) for row in range(rows)]
             index += rows
             ids = tokenizer(
@@ -160,7 +162,66 @@ def main(settings: Settings) -> None:
     model.save_pretrained(settings.output)
     tokenizer.save_pretrained(settings.output)
     final = {split: accuracy(model, tokenizer, split, settings.seed, settings.evaluate) for split in SPLITS[1:]}
+    write_card(settings, sum(p.numel() for p in model.parameters()), step, round(time.monotonic() - begin), final)
     print(json.dumps(final), flush=True)
+
+
+def write_card(
+    settings: Settings, parameters: int, steps: int, seconds: int, accuracies: dict[str, dict[str, float]]
+) -> None:
+    """The model card beside the weights."""
+    rows = "\n".join(
+        f"| {split} | {settings.evaluate} | {scores['exact_match']:.1%} | {scores['fact_match']:.1%} |"
+        for split, scores in accuracies.items()
+    )
+    example = problem("test", settings.seed, 0, 4)
+    data = CardData(license="apache-2.0", library_name="transformers", pipeline_tag="text-generation")
+    card = ModelCard(
+        f"""---
+{data.to_yaml()}
+---
+# The embedded tiny reasoning model of vkvtrain
+
+A Qwen3-shaped model of {parameters:,} parameters (4 layers, 4 query heads, 2 KV heads, head dimension 32), trained from
+scratch with the full cache to solve one task. It is small enough to train and evaluate for eviction on a CPU in
+minutes; it knows nothing else and nothing of eviction.
+
+## Task
+
+A keyed running sum (`vkvtrain/tiny/task.py`). A prompt states the digits of {MAX_PAIRS} keys and, somewhere among
+them, a two-digit passcode; the response restates every key, its digit and the running total modulo 10, then closes
+with the total and the passcode. With four keys:
+
+```
+prompt     {example.prompt}
+response   {example.response}
+```
+
+A response of {MAX_PAIRS} keys looks up every one of them in the prompt, and the passcode, stated once, after all else:
+what eviction deleted is missed. One character is one token; `{THINK}` and `{END_THINK}` are tokens of their own.
+
+## Data
+
+Generated, seed {settings.seed}. A hash of the prompt decides between training (80%), validation (10%) and test (10%),
+so the splits are disjoint by construction.
+
+## Training
+
+`python recipes/tiny/pretrain.py --output vkvtrain/tiny/model --seed {settings.seed}`: AdamW, peak learning rate
+{settings.learning_rate:g}, {settings.batch_tokens} tokens a step, chains that lengthen from 4 to {MAX_PAIRS} keys
+as they are solved, then {settings.steps} steps at full length: {steps} steps and {seconds} seconds on two CPU cores; the log is
+`training_log.jsonl`.
+
+## Numbers
+
+Free greedy generation with the full cache:
+
+| split | problems | exact match (total) | fact match (passcode) |
+|---|---|---|---|
+{rows}
+"""
+    )
+    card.save(settings.output / "README.md")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ settings.
 
 import hashlib
 import logging
+from bisect import bisect_left
 from collections.abc import Sequence
 from typing import Any
 
@@ -97,20 +98,20 @@ class EvictionLM(_HFLM):
             self._model.eval()
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Generate with the evicting cache; a result depends on (document, repeat), not on its batch.
+        """Generate with the evicting cache; what is evicted depends on (document, repeat), not on the batch.
 
-        Each request's logged arguments gain a list of records (one a repeat): tokens, evictions, peak entries and
-        bytes, counted to the sample's own end.
+        So greedy answers do not depend on the batch; sampled ones draw from one generator per batch. Each request's
+        logged arguments gain a list of records (one a repeat): tokens, evictions, peak entries and bytes, counted to
+        the sample's own end.
         """
         repeats: dict[int, int] = {}
         jobs = []
         for place, request in enumerate(requests):
             repeat = repeats.get(id(request), 0)
             repeats[id(request)] = repeat + 1
-            context, settings = request.args[0], request.args[1]
-            jobs.append(
-                (place, request, repeat, self.tok_encode(context), normalize_gen_kwargs(settings, self.max_gen_toks))
-            )
+            arguments: Any = request.args
+            settings = normalize_gen_kwargs(arguments[1], self.max_gen_toks)
+            jobs.append((place, request, repeat, self.tok_encode(arguments[0]), settings))
         size = self.batch_size if isinstance(self.batch_size, int) else 16
         groups: dict[str, list[Any]] = {}
         for job in jobs:
@@ -136,6 +137,7 @@ class EvictionLM(_HFLM):
         settings = dict(batch[0][4])
         end = self.tok_decode([self.eot_token_id], skip_special_tokens=False)
         until = handle_stop_sequences(settings.pop("until", None), eos=end)
+        ends = self._end_tokens()
         limit = settings.pop("max_gen_toks")
         settings.pop("max_length", None)
         if not settings.get("do_sample"):
@@ -144,6 +146,9 @@ class EvictionLM(_HFLM):
         if longest < 1:
             raise ValueError(f"max_gen_toks ({limit}) must be less than the model's max_length ({self.max_length})")
         prompts = [job[3][-longest:] for job in batch]
+        cut = sum(len(job[3]) > longest for job in batch)
+        if cut:
+            logger.warning("%d prompts were cut to their last %d tokens to leave room for the answer", cut, longest)
         width = max(map(len, prompts))
         pad = self.tokenizer.pad_token_id
         ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=self.device)
@@ -159,19 +164,36 @@ class EvictionLM(_HFLM):
             past_key_values=EvictionCache(self.eviction, self.model.config, streams),
             max_new_tokens=limit,
             pad_token_id=pad,
+            eos_token_id=sorted(ends),
             **({"stop_strings": stops, "tokenizer": self.tokenizer} if stops else {}),
             **settings,
         )
         texts = []
         for prompt, tokens, stream in zip(prompts, out[:, width:].tolist(), streams, strict=True):
-            ended = self.eot_token_id in tokens
-            tokens = tokens[: tokens.index(self.eot_token_id) + 1] if ended else tokens
+            tokens, cut_off = self._own_tokens(tokens, ends, stops)
             raw = self.tok_decode(tokens)
             text = Generation(postprocess_generated_text(raw, until, self.think_end_token))
-            cut_off = not ended and not any(stop in raw for stop in stops)
             text.record = self._record(len(prompt), tokens, cut_off) | {"stream": list(stream), "text": raw}
             texts.append(text)
         return texts
+
+    def _end_tokens(self) -> set[int]:
+        """Tokens that end a generation: the tokenizer's, and the model's own (some have several)."""
+        own = self.model.generation_config.eos_token_id
+        return {self.eot_token_id, *(own if isinstance(own, list) else [] if own is None else [own])}
+
+    def _own_tokens(self, tokens: list[int], ends: set[int], stops: Sequence[str]) -> tuple[list[int], bool]:
+        """A row's tokens up to its own end, without what the batch went on for; and whether it was cut off."""
+        end = next((place for place, token in enumerate(tokens) if token in ends), None)
+        tokens = tokens if end is None else tokens[: end + 1]
+
+        def stopped(count: int) -> bool:
+            text = self.tok_decode(tokens[:count])
+            return any(stop in text for stop in stops)
+
+        if stops and stopped(len(tokens)):
+            return tokens[: bisect_left(range(len(tokens)), True, key=stopped)], False
+        return tokens, end is None
 
     def _record(self, prompt: int, tokens: list[int], cut_off: bool) -> dict[str, Any]:
         """What happened to one sequence; its last token is never given to the cache."""

@@ -1,11 +1,11 @@
 """The embedded task: a keyed running sum that needs its own past, with a once-stated passcode.
 
-A prompt states keyed digits in alphabetical order of the keys (lower case first) and, somewhere among them, a two-digit
-passcode; the response restates each key, its digit and the running total modulo 10, and closes with the total and the
-passcode::
+A prompt states keyed digits in random order and, somewhere among them, a two-digit passcode; the response visits the keys
+in alphabetical order, restates each key and its digit, adds it to the running total modulo 10, and closes with the total
+and the passcode::
 
-    prompt     a3b7@58c1?
-    response   <think>a33b70c11</think>1@58
+    prompt     c1a3@58b7?
+    response   <think>a3+0=3;b7+3=0;c1+0=1;</think>1@58
 
 Every step looks its key up in the prompt, so a cache that lost the entry cannot continue; the passcode is stated once
 and used once, after everything else. Knows nothing of models or eviction.
@@ -21,10 +21,10 @@ from typing import Literal
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
-MAX_PAIRS = 32
-KEYS = (string.ascii_lowercase + string.ascii_uppercase)[:MAX_PAIRS]
+MAX_PAIRS = 18
+KEYS = string.ascii_lowercase[:MAX_PAIRS]
 """Keys in the order of the response; a problem with n pairs uses the first n."""
-ALPHABET = string.digits + KEYS + "@?"
+ALPHABET = string.digits + KEYS + "@?+=;"
 THINK, END_THINK = "<think>", "</think>"
 
 _ANSWER = re.compile(r"^(\d)")
@@ -54,7 +54,7 @@ def problem(split: Split, seed: int, index: int, pairs: int = MAX_PAIRS) -> Prob
         split: `train`, `validation` or `test`.
         seed: the data seed.
         index: which problem, from 0.
-        pairs: how many keyed digits, 1 to 32.
+        pairs: how many keyed digits, 1 to 18.
     """
     if split not in SPLITS:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
@@ -64,15 +64,15 @@ def problem(split: Split, seed: int, index: int, pairs: int = MAX_PAIRS) -> Prob
     while True:
         digits = {key: rng.randrange(10) for key in KEYS[:pairs]}
         passcode = f"{rng.randrange(100):02d}"
-        stated = [f"{key}{digit}" for key, digit in digits.items()]
+        stated = [f"{key}{digits[key]}" for key in rng.sample(sorted(digits), pairs)]
         stated.insert(rng.randint(min(2, pairs), pairs), f"@{passcode}")  # never where sinks would keep it
         prompt = "".join(stated) + "?"
         if split_of(prompt) == split:
             break
     total, steps = 0, []
     for key, digit in digits.items():
+        steps.append(f"{key}{digit}+{total}={(total + digit) % 10};")
         total = (total + digit) % 10
-        steps.append(f"{key}{digit}{total}")
     response = f"{THINK}{''.join(steps)}{END_THINK}{total}@{passcode}"
     return Problem(prompt, response, str(total), passcode)
 

@@ -46,7 +46,10 @@ def train(recipe: Recipe, dry_run: bool = False, overwrite: bool = False) -> Non
     check_world_size(recipe, accelerator)
     set_seed(recipe.seed)
     name = str(MODEL_PATH) if recipe.model.name == "tiny" else recipe.model.name
-    tokenizer = AutoTokenizer.from_pretrained(name, revision=recipe.model.revision or "main")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=recipe.model.revision or "main")
+    except OSError as error:
+        raise ValueError(f"model.name {name!r} cannot be loaded: {' '.join(str(error).split())}") from None
     data = load_data(recipe.data, tokenizer)
     model = load_model(recipe, name)
     if accelerator.is_main_process:

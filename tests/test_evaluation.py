@@ -1,0 +1,226 @@
+"""The lm-eval model, its records, and the metrics."""
+
+import json
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+
+from vkvtrain import EvictionConfig, cli
+from vkvtrain.evaluation.lm import RECORD, EvictionLM, check_generation, take_eviction_config
+from vkvtrain.evaluation.metrics import interval, is_looping, paired_interval
+from vkvtrain.events import evictions_by, peak_entries
+from vkvtrain.tiny import MODEL_PATH
+from vkvtrain.tiny.task import problem
+
+ROOT = Path(__file__).parents[1]
+EVICTED = {"policy": "vase_attnv", "budget": 48, "window": 16}
+
+
+def model(batch_size=4, **eviction):
+    return EvictionLM(str(MODEL_PATH), device="cpu", batch_size=batch_size, **eviction)
+
+
+def requests(lengths=(5, 11, 18, 8, 18, 15), repeats=1, **settings):
+    settings = {"do_sample": False, "max_gen_toks": 150, "until": [], **settings}
+    return [
+        Instance(
+            "generate_until",
+            {},
+            (problem("validation", 0, index, pairs).prompt, dict(settings)),
+            idx=0,
+            metadata=("tiny", index, repeats),
+        )
+        for index, pairs in enumerate(lengths)
+    ]
+
+
+def generate(lm, asked):
+    texts = lm.generate_until(asked, disable_tqdm=True)
+    return texts, [request.args[1][RECORD] for request in asked]
+
+
+def test_answers_and_records_do_not_depend_on_the_batch():
+    reference = generate(model(1, **EVICTED), requests())
+    for size in (3, 6):
+        assert generate(model(size, **EVICTED), requests()) == reference
+    assert len(set(reference[0])) == 6
+
+
+def test_records_say_what_the_cache_did():
+    lm = model(**EVICTED)
+    texts, records = generate(lm, requests())
+    for request, text, (record,) in zip(requests(), texts, records, strict=True):
+        prompt = len(lm.tok_encode(request.args[0]))
+        assert record["tokens"] == len(lm.tokenizer(text, add_special_tokens=False)["input_ids"]) + 1  # the end token
+        assert record["final_length"] == prompt + record["tokens"] - 1
+        assert record["evictions"] == evictions_by(prompt, record["final_length"], 48, 16)
+        assert record["peak_entries"] == peak_entries(prompt, record["final_length"], 48, 16)
+        assert record["peak_kv_bytes"] == record["peak_entries"] * 4 * 2 * 2 * 32 * 4  # layers, heads, k and v, D, float
+        assert record["stream"] == [request.doc_id, 0]
+    assert sum(record["evictions"] > 0 for (record,) in records) >= 3
+    assert lm.get_model_info()["eviction"]["evictions"] == sum(record["evictions"] for (record,) in records)
+
+
+def test_a_full_cache_answers_as_stock_lm_eval_does():
+    stock = HFLM(str(MODEL_PATH), backend="causal", device="cpu", batch_size=3)
+    assert generate(model(), requests())[0] == stock.generate_until(requests(), disable_tqdm=True)
+
+
+def test_tokens_are_counted_to_the_rows_own_end():
+    """A stop string ends some rows early; what the batch went on for is not theirs."""
+    asked = requests(until=["h"])  # rows of five keys never reach it
+    alone = [generate(model(1), [request])[1][0] for request in requests(until=["h"])]
+    texts, records = generate(model(6), asked)
+    assert records == alone
+    assert not any("h" in text for text in texts)
+    for (record,) in records[1:]:
+        assert record["text"].endswith("h")
+        assert not record["looping_or_cut_off"]
+
+
+def test_a_cut_off_generation_is_said_to_be_one():
+    _, records = generate(model(), requests(lengths=(5, 18), max_gen_toks=40))
+    assert [record["looping_or_cut_off"] for (record,) in records] == [False, True]
+
+
+def test_repeats_have_their_own_randomness():
+    asked = requests(lengths=(18,), repeats=2)
+    lm = model(policy="random", budget=32, window=16)
+    lm.generate_until([*asked, *asked, *asked], disable_tqdm=True)  # a lagging rank repeats its last request
+    records = asked[0].args[1][RECORD]
+    assert [record["stream"] for record in records] == [[0, 0], [0, 1]]
+    assert records[0]["text"] != records[1]["text"]
+    assert len(lm.records) == 2
+
+
+def test_a_budget_that_was_never_reached_is_loud(caplog):
+    lm = model(policy="vase_attnv", budget=256, window=16)
+    with caplog.at_level(logging.WARNING):
+        generate(lm, requests(lengths=(5,)))
+    assert "NO EVICTION HAPPENED" in caplog.text
+    assert "256" in caplog.text
+    assert lm.get_model_info()["eviction"]["warning"]
+
+
+def test_a_prompt_that_is_cut_says_so(caplog):
+    with caplog.at_level(logging.WARNING):
+        generate(model(), requests(lengths=(18,), max_gen_toks=480))
+    assert "cut to their last 32 tokens" in caplog.text
+
+
+def test_scoring_is_refused_under_eviction():
+    request = Instance("loglikelihood", {}, ("a", "b"), idx=0, metadata=("tiny", 0, 1))
+    with pytest.raises(ValueError, match="use a task that generates"):
+        model(**EVICTED).loglikelihood([request])
+    assert model().loglikelihood([request], disable_tqdm=True)[0][0] < 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"budget": 64}, "without a policy"),
+        ({"policy": "vase_atnv", "budget": 64}, "vase_attnv"),
+        ({"policy": "snapkv", "budget": 60, "window": 16}, "multiple of window"),
+        ({"policy": "snapkv", "budget": 64, "eviction_config": "somewhere"}, "not both"),
+    ],
+)
+def test_bad_model_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        take_eviction_config(arguments)
+
+
+def test_an_eviction_setting_is_read_from_a_directory(tmp_path):
+    config = EvictionConfig(policy="snapkv", budget=64, window=16)
+    config.save_pretrained(tmp_path)
+    arguments = {"eviction_config": str(tmp_path), "dtype": "float32"}
+    assert take_eviction_config(arguments) == config
+    assert arguments == {"dtype": "float32"}
+    assert not take_eviction_config({}).evicts
+
+
+@pytest.mark.parametrize(
+    "setting", [{"num_beams": 4}, {"prompt_lookup_num_tokens": 3}, {"prefill_chunk_size": 64}, {"assistant_model": "x"}]
+)
+def test_generation_that_cannot_evict_is_refused(setting):
+    with pytest.raises(ValueError, match=next(iter(setting))):
+        check_generation(setting)
+    check_generation({"num_beams": 1, "do_sample": True})
+
+
+def test_looping():
+    assert is_looping([7] * 16)
+    assert is_looping([1, 2, 3, *[4, 5, 6, 7] * 4])
+    assert is_looping([9, *range(64)] + list(range(64)) * 3)
+    assert not is_looping([7] * 15)
+    assert not is_looping([*[4, 5, 6, 7] * 4, 8])
+    assert not is_looping(list(range(200)))
+
+
+def test_intervals():
+    mixed = interval([0.0, 1.0] * 100)
+    assert mixed["low"] < mixed["value"] == 0.5 < mixed["high"]
+    assert mixed["high"] - mixed["low"] == pytest.approx(2 * 1.96 * (0.25 / 200) ** 0.5, rel=0.1)
+    assert interval([0.0, 1.0] * 100) == mixed  # seeded
+    perfect = interval([1.0] * 100)
+    assert perfect["value"] == perfect["high"] == 1
+    assert 0.95 < perfect["low"] < 0.97  # Wilson's interval: a perfect sample is no proof of a perfect model
+    ours, theirs = [1.0, 1.0, 1.0, 0.0] * 50, [0.0, 1.0, 0.0, 0.0] * 50
+    paired = paired_interval(ours, theirs)
+    assert 0.4 < paired["low"] < paired["value"] == 0.5 < paired["high"] < 0.6
+    assert paired_interval(ours, ours)["value"] == 0
+    with pytest.raises(ValueError, match="same problems"):
+        paired_interval(ours, theirs[1:])
+
+
+def test_every_task_file_loads():
+    files = list((ROOT / "eval/tasks").rglob("*.yaml"))
+    assert files
+    manager = TaskManager(include_path=str(ROOT / "eval/tasks"), include_defaults=False)
+    assert set(manager.all_tasks) >= {"tiny_keyed_sum"}
+    for name in manager.all_tasks:
+        assert manager.load(name)
+
+
+def test_command_line_errors(capsys):
+    assert cli.main(["train"]) == 2
+    assert cli.main(["lm-eval", "run", "--use_cache", "x"]) == 2
+    assert "does not know the budget" in capsys.readouterr().err
+    assert cli.main(["--help"]) == 0
+    assert "lm-eval" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_embedded_model_through_lm_eval(tmp_path):
+    """Free generation solves the task with the full cache, and eviction breaks it: through the real command."""
+    scores = {}
+    for name, eviction in (("full", ""), ("evicted", ",policy=vase_attnv,budget=80,window=16")):
+        command = [sys.executable, "-m", "vkvtrain.cli", "lm-eval", "run", "--model", "vkv"]
+        command += ["--model_args", f"pretrained={MODEL_PATH}{eviction}", "--include_path", "eval/tasks"]
+        command += ["--tasks", "tiny_keyed_sum", "--limit", "60", "--batch_size", "30", "--device", "cpu"]
+        command += ["--output_path", str(tmp_path / name), "--log_samples"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        (results,) = (tmp_path / name).rglob("results_*.json")
+        (samples,) = (tmp_path / name).rglob("samples_*.jsonl")
+        scores[name] = json.loads(results.read_text())["results"]["tiny_keyed_sum"]
+        rows = [json.loads(line) for line in samples.read_text().splitlines()]
+        assert len(rows) == 60
+        assert all((row["evictions"] > 0) == (name == "evicted") for row in rows)
+    assert scores["full"]["exact_match,none"] >= 0.97
+    assert scores["evicted"]["exact_match,none"] < 0.4
+
+
+@pytest.mark.slow
+def test_bad_model_arguments_are_one_sentence():
+    command = [sys.executable, "-m", "vkvtrain.cli", "lm-eval", "run", "--model", "vkv", "--include_path", "eval/tasks"]
+    command += ["--model_args", f"pretrained={MODEL_PATH},policy=snapkv,budget=60,window=16"]
+    command += ["--tasks", "tiny_keyed_sum", "--device", "cpu"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "vkvtrain lm-eval: budget (60) must be a multiple of window (16)" in done.stderr.splitlines()[-1]

@@ -26,7 +26,7 @@ def model(batch_size=4, **eviction):
     return EvictionLM(str(MODEL_PATH), device="cpu", batch_size=batch_size, **eviction)
 
 
-def requests(lengths=(5, 11, 18, 8, 18, 15), repeats=1, **settings):
+def requests(lengths=(9, 14, 18, 10, 18, 15), repeats=1, **settings):
     settings = {"do_sample": False, "max_gen_toks": 150, "until": [], **settings}
     return [
         Instance(
@@ -61,7 +61,9 @@ def test_records_say_what_the_cache_did():
         assert record["final_length"] == prompt + record["tokens"] - 1
         assert record["evictions"] == evictions_by(prompt, record["final_length"], 48, 16)
         assert record["peak_entries"] == peak_entries(prompt, record["final_length"], 48, 16)
-        assert record["peak_kv_bytes"] == record["peak_entries"] * 4 * 2 * 2 * 32 * 4  # layers, heads, k and v, D, float
+        assert (
+            record["peak_kv_bytes"] == record["peak_entries"] * 4 * 2 * 2 * 32 * 4
+        )  # layers, heads, k and v, D, float
         assert record["stream"] == [request.doc_id, 0]
     assert sum(record["evictions"] > 0 for (record,) in records) >= 3
     assert lm.get_model_info()["eviction"]["evictions"] == sum(record["evictions"] for (record,) in records)
@@ -74,18 +76,18 @@ def test_a_full_cache_answers_as_stock_lm_eval_does():
 
 def test_tokens_are_counted_to_the_rows_own_end():
     """A stop string ends some rows early; what the batch went on for is not theirs."""
-    asked = requests(until=["h"])  # rows of five keys never reach it
-    alone = [generate(model(1), [request])[1][0] for request in requests(until=["h"])]
+    asked = requests(until=["j"])  # nine keys never reach it
+    alone = [generate(model(1), [request])[1][0] for request in requests(until=["j"])]
     texts, records = generate(model(6), asked)
     assert records == alone
-    assert not any("h" in text for text in texts)
+    assert not any("j" in text for text in texts)
     for (record,) in records[1:]:
-        assert record["text"].endswith("h")
+        assert record["text"].endswith("j")
         assert not record["looping_or_cut_off"]
 
 
 def test_a_cut_off_generation_is_said_to_be_one():
-    _, records = generate(model(), requests(lengths=(5, 18), max_gen_toks=40))
+    _, records = generate(model(), requests(lengths=(9, 18), max_gen_toks=80))
     assert [record["looping_or_cut_off"] for (record,) in records] == [False, True]
 
 
@@ -102,7 +104,7 @@ def test_repeats_have_their_own_randomness():
 def test_a_budget_that_was_never_reached_is_loud(caplog):
     lm = model(policy="vase_attnv", budget=256, window=16)
     with caplog.at_level(logging.WARNING):
-        generate(lm, requests(lengths=(5,)))
+        generate(lm, requests(lengths=(9,)))
     assert "NO EVICTION HAPPENED" in caplog.text
     assert "256" in caplog.text
     assert lm.get_model_info()["eviction"]["warning"]

@@ -6,16 +6,15 @@ import os
 import random
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.commands.launch import launch_command_parser
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import set_seed
-from accelerate.utils.launch import prepare_simple_launcher_cmd_env
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -49,10 +48,10 @@ def fresh_accelerator():
     GradientState._reset_state()
 
 
-@pytest.fixture
-def source(tmp_path):
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
     """Rows of noise, which no model knows, with responses of very different lengths."""
-    rng, path = random.Random(0), tmp_path / "rows.jsonl"
+    rng, path = random.Random(0), tmp_path_factory.mktemp("data") / "rows.jsonl"
     lengths = [(rng.randint(3, 20), rng.choice([1, 4, 15, 60])) for _ in range(48)]
     rows = [
         {
@@ -163,9 +162,482 @@ def test_agrees_with_the_trainer_of_transformers(source, tmp_path, ours, theirs)
     trainer.train()
     history = [row for row in trainer.state.log_history if "grad_norm" in row]
 
-    for a, b in zip(logged, history): print(a["loss"], b["loss"], a["loss"]/b["loss"]-1, a["grad_norm"]/b["grad_norm"]-1)
     assert len(history) == len(logged) == steps
     assert column(logged, "loss") == pytest.approx(column(history, "loss"), rel=2e-5)
     assert column(logged, "grad_norm") == pytest.approx(column(history, "grad_norm"), rel=2e-5)
     assert column(logged, "learning_rate") == column(history, "learning_rate")
     assert logged[-1]["loss"] < logged[0]["loss"] - 0.5  # it trained, so the later steps compare something
+
+
+def test_the_first_loss_is_what_the_public_context_gives_row_by_row(source, tmp_path):
+    """A fresh adapter changes nothing, so the first step is the base model's, by one row at a time."""
+    settings = recipe(
+        source, tmp_path / "run", EVICTED, training={"steps": 1, "global_batch": 60, "batch_per_device": 7}
+    )
+    logged = run(settings)[0]
+    rows = load_data(settings.data, AutoTokenizer.from_pretrained(str(MODEL_PATH))).train
+    model = AutoModelForCausalLM.from_pretrained(str(MODEL_PATH), attn_implementation="vkvtrain")
+    summed, targets, events = 0.0, 0, 0
+    for position in range(60):  # more than there are rows: the second epoch draws its own noise
+        index, epoch = sample(position, len(rows), 0)
+        row = rows[index]
+        config, ids = EvictionConfig(**EVICTED), torch.tensor(row.input_ids)
+        with torch.no_grad(), simulated_eviction(model, config, [row.prompt_length], [(index, 0, epoch)]):
+            logits = model(input_ids=ids[None]).logits[0]
+        start = row.prompt_length
+        summed += cross_entropy(logits[start - 1 : -1], ids[start:], reduction="sum").item()
+        targets += len(ids) - start
+        events += evictions_by(start, len(ids), 24, 8)
+    assert logged["loss"] == pytest.approx(summed / targets, rel=1e-5)
+    assert logged["evictions"] == pytest.approx(events / 60, abs=1e-3)
+    assert 0 < logged["live_fraction"] < 1
+    assert (logged["step"], logged["kind"], logged["budget"]) == (1, "evicted", 24)
+
+
+@pytest.mark.parametrize("objective", ["sft", "distill"])
+def test_accumulation_does_not_change_training_under_eviction(source, tmp_path, objective):
+    logs = {}
+    for size in (16, 4, 1):
+        logs[size] = run(
+            recipe(
+                source, tmp_path / str(size), {**EVICTED, "budget": [24, 32]},
+                training={"objective": objective, "dense_fraction": 0.25, "steps": 4, "batch_per_device": size},
+            )
+        )  # fmt: skip
+    assert column(logs[16], "kind") == ["evicted"] * 3 + ["dense"]
+    assert all(row["evictions"] > 0.3 for row in logs[16][:3])
+    for size in (4, 1):
+        assert_same_training(logs[size], logs[16], 1e-5)
+        assert_same_adapter(tmp_path / str(size), tmp_path / "16", 2e-3)
+
+
+def test_the_logged_live_share_does_not_depend_on_accumulation(source, tmp_path):
+    shares = []
+    for size in (16, 5, 1):
+        settings = recipe(source, tmp_path / str(size), EVICTED, training={"steps": 1, "batch_per_device": size})
+        shares.append(run(settings)[0]["live_fraction"])
+    assert shares == pytest.approx([shares[0]] * 3, abs=2e-4)
+
+
+@pytest.fixture
+def layer_calls(monkeypatch):
+    """Counts the forward passes of decoder layers, recomputation included."""
+    calls, forward = [], Qwen3MLP.forward
+
+    def counted(self, *args):
+        calls.append(self)
+        return forward(self, *args)
+
+    monkeypatch.setattr(Qwen3MLP, "forward", counted)
+    return calls
+
+
+@pytest.mark.parametrize(("objective", "passes"), [("sft", 1), ("distill", 2)])
+def test_gradient_checkpointing_recomputes_and_changes_nothing(source, tmp_path, layer_calls, objective, passes):
+    logs, calls = [], []
+    for checkpointing in (False, True):
+        layer_calls.clear()
+        settings = recipe(
+            source, tmp_path / str(checkpointing), EVICTED, model={"gradient_checkpointing": checkpointing},
+            training={"objective": objective, "dense_fraction": 0.5, "steps": 2, "batch_per_device": 8},
+        )  # fmt: skip
+        logs.append(run(settings))
+        calls.append(len(layer_calls))
+    assert_same_training(logs[1], logs[0], 1e-6)
+    assert_same_adapter(tmp_path / "True", tmp_path / "False", 1e-3)
+    layers = 4 * 2 * 2  # of the model, over two steps of two forward passes
+    assert calls == [passes * layers, (passes + 1) * layers]  # the teacher's pass keeps nothing to recompute
+
+
+def test_dropout_of_the_adapter_is_on_in_training(source, tmp_path):
+    """With a fresh adapter dropout shows in the gradient alone."""
+    settings = {"training": {"steps": 1}}
+    without = run(recipe(source, tmp_path / "0", **settings))[0]
+    with_dropout = run(recipe(source, tmp_path / "1", lora={"dropout": 0.5}, **settings))[0]
+    assert with_dropout["loss"] == pytest.approx(without["loss"], rel=1e-6)
+    assert abs(with_dropout["grad_norm"] / without["grad_norm"] - 1) > 0.01
+
+
+@pytest.fixture(scope="module")
+def processes(source, tmp_path_factory):
+    """The same run by one process and by two, and what the two printed."""
+    directory = tmp_path_factory.mktemp("processes")
+    settings = recipe(
+        source, directory / "1", EVICTED, data={"held_out": 8},
+        training={
+            "objective": "distill", "ce_weight": 0.5, "dense_fraction": 0.34, "steps": 3, "global_batch": 12,
+            "batch_per_device": 4,
+        },
+    )  # fmt: skip
+    run(settings)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    script = ["recipes/finetune.py", str(directory / "1" / "recipe.yaml"), "--output", str(directory / "2")]
+    done = subprocess.run(
+        [*launch, *script], cwd=ROOT, env={**os.environ, "ACCELERATE_USE_CPU": "true"}, text=True, capture_output=True,
+        timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return directory, done.stdout
+
+
+@pytest.mark.slow
+def test_two_processes_train_like_one(processes):
+    directory, printed = processes
+    one, two = metrics(directory / "1"), metrics(directory / "2")
+    for name in ("loss", "grad_norm"):
+        assert column(two, name) == pytest.approx(column(one, name), rel=1e-5)
+    assert column(two, "kind") == column(one, "kind") == ["evicted", "evicted", "dense"]
+    assert_same_adapter(directory / "2", directory / "1", 2e-3)
+    for name in ("held_out_loss_full", "held_out_loss_evicted_24"):
+        assert two[-1][name] == pytest.approx(one[-1][name], rel=1e-4)
+    assert "2 (asked for 2)" in printed
+    assert "4 a forward pass x 2 accumulated x 2 processes = 12 sequences" in printed
+
+
+@pytest.mark.slow
+def test_two_processes_print_once_and_log_the_whole_batch(processes):
+    directory, printed = processes
+    assert printed.count("asked for") == 1
+    assert printed.count("held_out_loss_full") == 1
+    one, two = metrics(directory / "1")[:2], metrics(directory / "2")[:2]
+    for name in ("evictions", "live_fraction"):
+        assert column(two, name) == pytest.approx(column(one, name), rel=1e-3)
+
+
+def test_a_recipe_gives_the_same_adapter_every_time(source, tmp_path):
+    sections = {"lora": {"dropout": 0.1}, "training": {"batch_per_device": 8}}
+    logs = [run(recipe(source, tmp_path / name, EVICTED, **sections)) for name in ("a", "b")]
+    other = run(recipe(source, tmp_path / "c", EVICTED, **sections, seed=1))
+    for row in (*logs[0], *logs[1]):
+        del row["tokens_per_second"]
+    assert logs[0] == logs[1]
+    weights = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in "abc"]
+    assert weights[0] == weights[1]
+    assert weights[0] != weights[2]
+    assert column(other, "loss") != column(logs[0], "loss")
+
+
+def naive_kl(student, teacher):
+    """Forward KL in float64, all positions at once, from probabilities."""
+    p, q = teacher.double().softmax(-1), student.double().softmax(-1)
+    return (p * (p.log() - q.log())).sum()
+
+
+@pytest.mark.parametrize(("dtype", "relative"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 1e-5)])
+@pytest.mark.parametrize("chunk", [1024, 7])
+def test_forward_kl_equals_the_definition_in_value_and_gradient(monkeypatch, chunk, dtype, relative):
+    monkeypatch.setattr(objectives, "_CHUNK", chunk)
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = torch.randn(2, 30, 50, generator=generator, dtype=torch.float64).to(dtype)
+    teacher = 4 * teacher  # sharper than the student, so that the reverse divergence is another number
+    naive = student.double().clone().requires_grad_()
+    expected = naive_kl(naive, teacher)
+    expected.backward()
+    student.requires_grad_()
+    divergence = forward_kl(student, teacher)
+    divergence.backward()
+    assert divergence.item() == pytest.approx(expected.item(), rel=relative)
+    rounding = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype]  # of the gradient's own dtype
+    assert (student.grad.double() - naive.grad).norm() <= rounding * naive.grad.norm()
+    assert expected.item() != pytest.approx(naive_kl(teacher, student).item(), rel=0.1)
+
+
+def test_forward_kl_gives_the_teacher_no_gradient():
+    student, teacher = torch.randn(2, 5, 9).unbind()
+    student.requires_grad_()
+    teacher.requires_grad_()
+    forward_kl(student, teacher).backward()
+    assert student.grad.abs().sum() > 0
+    assert teacher.grad is None
+
+
+@pytest.fixture
+def trained(source, tmp_path):
+    """A distillation recipe, its model with an adapter that does something, and a batch."""
+    settings = recipe(
+        source, tmp_path / "run", EVICTED, training={"objective": "distill", "ce_weight": 0.3, "global_batch": 6}
+    )
+    torch.manual_seed(0)
+    model = load_model(settings, str(MODEL_PATH))
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.05)
+    rows = load_data(settings.data, AutoTokenizer.from_pretrained(str(MODEL_PATH))).train[:6]
+    return settings, model, rows, collate(rows, [0] * 6, 0, CPU)
+
+
+@torch.no_grad()
+def base_logits(batch):
+    """Of the base model with the full cache and stock attention, at the positions that predict a response token."""
+    base = AutoModelForCausalLM.from_pretrained(str(MODEL_PATH), attn_implementation="sdpa")
+    logits = base(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+    return logits.flatten(0, 1)[batch.predicting]
+
+
+def test_the_teacher_is_the_base_model_with_the_full_cache(trained):
+    settings, model, _, batch = trained
+    expected = base_logits(batch)
+    alone = teacher_logits(model, batch)
+    with simulated_eviction(model, settings.eviction_configs()[0], batch.prompt_lengths, batch.streams) as trace:
+        with trace.suspended():
+            inside = teacher_logits(model, batch)
+        student = response_logits(model, batch)
+    for teacher in (alone, inside):
+        assert not teacher.requires_grad
+        torch.testing.assert_close(teacher, expected, rtol=1e-4, atol=1e-4)
+    assert student.requires_grad
+    assert (student - expected).abs().max() > 0.1
+
+
+def test_distillation_is_the_sum_of_both_losses_and_trains_the_adapter_alone(trained):
+    settings, model, _, batch = trained
+    config, accelerator = settings.eviction_configs()[0], Accelerator()
+    trainable = {name for name, weight in model.named_parameters() if weight.requires_grad}
+    with torch.no_grad(), simulated_eviction(model, config, batch.prompt_lengths, batch.streams):
+        student = response_logits(model, batch)
+    cross = cross_entropy(student.double(), batch.targets, reduction="sum")
+    expected = naive_kl(student, base_logits(batch)) + 0.3 * cross
+    with simulated_eviction(model, config, batch.prompt_lengths, batch.streams) as trace:
+        loss = loop.objective(settings, accelerator, model, batch, trace)
+        loss.backward()
+    assert sum(len(row.events) for row in trace.rows) > 0
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    for name, weight in model.named_parameters():
+        assert weight.requires_grad == (name in trainable) == ("lora_" in name)
+        if "lora_" in name:
+            assert weight.grad.abs().sum() > 0, name
+        else:
+            assert weight.grad is None, name
+
+
+def test_distillation_runs_end_to_end(source, tmp_path):
+    evicted = run(recipe(source, tmp_path / "a", EVICTED, training={"objective": "distill", "steps": 2}))
+    assert all(math.isfinite(row["loss"]) and row["evictions"] > 0 for row in evicted)
+    # a fresh adapter with the full cache is the teacher: without cross-entropy nothing is left to learn
+    divergence = {"objective": "distill", "ce_weight": 0.0, "steps": 1}
+    dense = run(recipe(source, tmp_path / "b", training=divergence))
+    assert dense[0]["loss"] == pytest.approx(0, abs=1e-6)
+    alone = run(recipe(source, tmp_path / "c", EVICTED, training=divergence))
+    assert alone[0]["loss"] > 1e-3
+    sft = run(recipe(source, tmp_path / "d", EVICTED, training={"steps": 1}))
+    assert evicted[0]["loss"] == pytest.approx(alone[0]["loss"] + sft[0]["loss"], rel=1e-5)
+
+
+@given(st.floats(0, 1), st.integers(1, 400))
+def test_dense_steps_are_spread_evenly(fraction, steps):
+    dense = [step for step in range(steps) if is_dense(step, fraction)]
+    assert len(dense) == int(steps * fraction)
+    gaps = {after - before for before, after in pairwise(dense)}
+    assert not gaps or max(gaps) - min(gaps) <= 1
+
+
+def test_dense_fractions_of_zero_and_one(source, tmp_path):
+    assert not any(is_dense(step, 0) for step in range(100))
+    assert all(is_dense(step, 1) for step in range(100))
+    never = run(recipe(source, tmp_path / "never", EVICTED, training={"dense_fraction": 1}))
+    run(recipe(source, tmp_path / "without"))
+    assert column(never, "kind") == ["dense"] * 3
+    assert not any("evictions" in row for row in never)
+    weights = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("never", "without")]
+    assert weights[0] == weights[1]
+    for name in ("never", "without"):
+        assert EvictionConfig.from_pretrained(tmp_path / name) == EvictionConfig(policy="full")
+
+
+def test_budgets_are_drawn_for_each_step(source, tmp_path):
+    settings = recipe(source, tmp_path, {**EVICTED, "budget": [24, 32, 64]}, training={"dense_fraction": 0.25})
+    drawn = [step_eviction(settings, step) for step in range(1200)]
+    assert [step_eviction(settings, step) for step in range(1200)] == drawn
+    assert [config is None for config in drawn] == [step % 4 == 3 for step in range(1200)]
+    counts = [sum(config is not None and config.budget == budget for config in drawn) for budget in (24, 32, 64)]
+    assert sum(counts) == 900
+    assert min(counts) > 250
+    assert all(config == EvictionConfig(**{**EVICTED, "budget": config.budget}) for config in drawn if config)
+    other = settings.model_copy(update={"seed": 1})
+    assert [step_eviction(other, step) for step in range(1200)] != drawn
+    assert settings.trained_for().budget == 24
+
+
+def test_the_log_says_which_budget_a_step_had(source, tmp_path):
+    settings = recipe(
+        source, tmp_path / "run", {**EVICTED, "budget": [24, 64]},
+        training={"steps": 12, "dense_fraction": 0.34, "global_batch": 2},
+    )  # fmt: skip
+    configs = [step_eviction(settings, step) for step in range(12)]
+    logged = run(settings)
+    assert [row.get("budget") for row in logged] == [config and config.budget for config in configs]
+    assert {row.get("budget") for row in logged} == {24, 64, None}
+    assert column(logged, "step") == list(range(1, 13))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("constant", [0, 0.5, 1, 1, 1, 1]),
+        ("linear", [0, 0.5, 1, 0.75, 0.5, 0.25]),
+        ("cosine", [0, 0.5, *((1 + math.cos(math.pi * part / 4)) / 2 for part in range(4))]),
+    ],
+)
+def test_learning_rate_after_the_warm_up(source, tmp_path, schedule, expected):
+    settings = recipe(
+        source, tmp_path / "run", training={"steps": 6, "global_batch": 2},
+        optim={"schedule": schedule, "warmup_steps": 2},
+    )  # fmt: skip
+    assert column(run(settings), "learning_rate") == pytest.approx([1e-3 * share for share in expected])
+
+
+def test_what_a_run_leaves_behind(source, tmp_path):
+    settings = recipe(
+        source, tmp_path / "run", {**EVICTED, "budget": [32, 24]}, data={"held_out": 4, "max_length": 70},
+        log={"evaluate_every": 2},
+    )  # fmt: skip
+    logged = run(settings)
+    directory = settings.output
+    assert load_recipe(directory / "recipe.yaml") == settings
+    assert EvictionConfig.from_pretrained(directory) == EvictionConfig(**{**EVICTED, "budget": 32})
+    environment = json.loads((directory / "environment.json").read_text())
+    assert environment["torch"] == torch.__version__
+    assert {"python", "vkvtrain", "transformers", "peft", "accelerate", "git"} <= environment.keys()
+    assert json.loads((directory / "adapter_config.json").read_text())["peft_type"] == "LORA"
+    assert AutoTokenizer.from_pretrained(directory).eos_token == "<eos>"
+    weights = adapter(directory)
+    assert weights
+    assert all("lora_" in name and weight.isfinite().all() for name, weight in weights.items())
+    assert column(logged, "step") == [1, 2, 3]
+    held_out = {"held_out_loss_full", "held_out_loss_evicted_24", "held_out_loss_evicted_32"}
+    assert [held_out <= row.keys() for row in logged] == [False, True, True]  # each second step, and the last
+    assert not any(name in logged[0] for name in held_out)
+    assert all(row["tokens_per_second"] > 0 for row in logged)
+
+
+@pytest.mark.parametrize("init", ["default", "gaussian", "pissa", "olora"])
+def test_the_adapter_reloads_with_plain_peft(source, tmp_path, init):
+    """On a stock model; its losses on the held-out rows, full and evicted, are those that training printed last."""
+    settings = recipe(source, tmp_path / "run", EVICTED, data={"held_out": 6}, lora={"init": init})
+    last = run(settings)[-1]
+    rows = load_data(settings.data, AutoTokenizer.from_pretrained(str(MODEL_PATH))).held_out
+
+    def loss(attention, config):
+        model = AutoModelForCausalLM.from_pretrained(str(MODEL_PATH), attn_implementation=attention)
+        model = PeftModel.from_pretrained(model, settings.output)
+        summed = 0.0
+        for row in rows:
+            ids = torch.tensor([row.input_ids])
+            with torch.no_grad():
+                if config is None:
+                    logits = model(input_ids=ids).logits[0]
+                else:
+                    with simulated_eviction(model, config, [row.prompt_length], [(row.index, 0, 0)]):
+                        logits = model(input_ids=ids).logits[0]
+            start = row.prompt_length
+            summed += cross_entropy(logits[start - 1 : -1], ids[0, start:], reduction="sum").item()
+        return summed / sum(row.response_length for row in rows)
+
+    full, evicted = loss("sdpa", None), loss("vkvtrain", EvictionConfig.from_pretrained(settings.output))
+    assert full == pytest.approx(last["held_out_loss_full"], rel=1e-4)
+    assert evicted == pytest.approx(last["held_out_loss_evicted_24"], rel=1e-4)
+    assert abs(full - evicted) > 1e-3
+
+
+def test_a_finished_run_is_not_overwritten_by_accident(source, tmp_path):
+    settings = recipe(source, tmp_path / "run", training={"steps": 1, "global_batch": 2})
+    run(settings)
+    before = (settings.output / "adapter_model.safetensors").read_bytes()
+    again = recipe(source, tmp_path / "run", training={"steps": 2, "global_batch": 2}, seed=1)
+    with pytest.raises(ValueError, match=r"holds a finished run.*--overwrite"):
+        train(again)
+    assert (settings.output / "adapter_model.safetensors").read_bytes() == before
+    assert len(metrics(settings.output)) == 1
+    assert len(run(again, overwrite=True)) == 2
+    assert (settings.output / "adapter_model.safetensors").read_bytes() != before
+    assert load_recipe(settings.output / "recipe.yaml") == again
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_no_adapter(source, tmp_path):
+    run(recipe(source, tmp_path / "run", training={"steps": 1, "global_batch": 2}))
+    broken = recipe(source, tmp_path / "run", training={"global_batch": 2}, optim={"learning_rate": 1e30})
+    with pytest.raises(FloatingPointError, match=r"the loss of step 2 is nan; samples \[\d+, \d+\].*learning_rate"):
+        train(broken, overwrite=True)
+    assert not (tmp_path / "run" / "adapter_model.safetensors").exists()
+    assert len(metrics(tmp_path / "run")) == 1
+    run(
+        recipe(source, tmp_path / "run", training={"steps": 1, "global_batch": 2})
+    )  # what is unfinished may be replaced
+
+
+def test_gradients_are_clipped_to_the_norm(source, tmp_path):
+    """Adam forgets the scale of all gradients, so the clipped gradient itself is looked at."""
+    settings = recipe(source, tmp_path / "run", optim={"max_grad_norm": 0.25})
+    torch.manual_seed(0)
+    model, accelerator = load_model(settings, str(MODEL_PATH)), Accelerator()
+    seen = []
+
+    class Recorder(torch.optim.SGD):
+        def step(self, closure=None):
+            grads = [weight.grad for group in self.param_groups for weight in group["params"]]
+            seen.append(torch.stack([grad.norm() for grad in grads]).norm().item())
+
+    optimizer = Recorder([weight for weight in model.parameters() if weight.requires_grad], lr=1.0)
+    data = load_data(settings.data, AutoTokenizer.from_pretrained(str(MODEL_PATH)))
+    logged = train_step(settings, accelerator, model, optimizer, data, 0, None, 0)
+    assert logged["grad_norm"] > 0.5
+    assert seen == pytest.approx([0.25], rel=1e-4)
+
+
+def test_the_adapter_is_float32_whatever_the_base_is(source, tmp_path):
+    model = load_model(recipe(source, tmp_path, model={"dtype": "bfloat16"}), str(MODEL_PATH))
+    kinds = {("lora_" in name, weight.dtype, weight.requires_grad) for name, weight in model.named_parameters()}
+    assert kinds == {(True, torch.float32, True), (False, torch.bfloat16, False)}
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4, 8])
+def test_the_global_batch_does_not_depend_on_the_processes(source, tmp_path, processes):
+    settings = recipe(source, tmp_path, training={"global_batch": 8})
+    rows = list(range(20))
+    for step in range(6):
+        parts = [step_rows(settings, rows, step, rank, processes) for rank in range(processes)]
+        assert {len(part) for part in parts} == {8 // processes}
+        together = sorted(pair for part in parts for pair in part)
+        assert together == sorted(sample(step * 8 + offset, 20, 0) for offset in range(8))
+
+
+def test_the_launch_is_checked(source, tmp_path, monkeypatch):
+    settings = recipe(source, tmp_path, training={"global_batch": 16})
+
+    def check(got, asked):
+        if asked is None:
+            monkeypatch.delenv("WORLD_SIZE", raising=False)
+        else:
+            monkeypatch.setenv("WORLD_SIZE", asked)
+        check_world_size(settings, SimpleNamespace(num_processes=got))
+
+    for got, asked in ((1, None), (1, ""), (1, "1"), (2, "2"), (16, "16")):
+        check(got, asked)
+        assert asked_processes() == got
+    for got, asked in ((1, "2"), (2, None), (2, "4")):
+        with pytest.raises(ValueError, match=rf"asked for {asked or 1} processes but this run has {got}.*torchrun"):
+            check(got, asked)
+    with pytest.raises(ValueError, match=r"global_batch \(16\) must be a multiple of the 3 processes"):
+        check(3, "3")
+
+
+def test_a_launch_that_lost_its_processes_stops_before_any_model(source, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(loop, "load_model", lambda *_: pytest.fail("a model was loaded"))
+    with pytest.raises(ValueError, match="asked for 2 processes but this run has 1"):
+        train(recipe(source, tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_two_cpu_processes_that_accelerate_drops_silently_are_noticed(source, tmp_path):
+    """`accelerate launch --cpu --num_processes 2` starts one process and sets no WORLD_SIZE (accelerate 1.15)."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text(json.dumps(recipe(source, tmp_path / "run").model_dump(mode="json")))
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    done = subprocess.run(
+        [*launch, "recipes/finetune.py", str(path), "--dry-run"], cwd=ROOT, text=True, capture_output=True, timeout=300,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert "asked for" in done.stderr

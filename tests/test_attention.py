@@ -1,0 +1,109 @@
+"""Attention backends against their oracles, outputs and gradients, in float64."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from passes import left_padded, tiny_model
+from torch.nn.functional import scaled_dot_product_attention
+
+from vkvtrain import EvictionConfig
+from vkvtrain.attention import reference, segments
+from vkvtrain.lifetimes import lifetimes, make_plan, never_evicted
+from vkvtrain.selection import Selector
+
+
+@st.composite
+def batches(draw):
+    """(configuration, chunks of each row, lengths, heads) of a batch of right-padded rows."""
+    window = draw(st.integers(1, 6))
+    budget = window * draw(st.integers(2, 4))
+    policy = draw(st.sampled_from(["vase_attnv", "snapkv", "random", "streaming", "evict_large", "vase_dkv"]))
+    sinks = draw(st.integers(0, min(3, budget - window - 1)))
+    config = EvictionConfig(policy=policy, budget=budget, window=window, sinks=sinks, seed=draw(st.integers(0, 99)))
+    rows = draw(st.integers(1, 3))
+    lengths = [draw(st.integers(2, 70)) for _ in range(rows)]
+    prompts = []
+    for length in lengths:
+        prompt = draw(st.integers(1, length))
+        chunks = [(0, prompt)]
+        if length - prompt > 12 and draw(st.booleans()):  # a later turn
+            start = draw(st.integers(prompt + 1, length - 8))
+            chunks.append((start, start + draw(st.integers(1, 7))))
+        prompts.append(chunks)
+    return config, prompts, lengths, draw(st.sampled_from([(4, 4), (4, 2), (2, 1)]))
+
+
+def make(config, prompts, lengths, heads, seed=0, dim=8):
+    generator = torch.Generator().manual_seed(seed)
+    width = max(lengths) + 2
+    query = torch.randn(len(lengths), heads[0], width, dim, dtype=torch.float64, generator=generator)
+    key, value = (
+        torch.randn(len(lengths), heads[1], width, dim, dtype=torch.float64, generator=generator) for _ in range(2)
+    )
+    plan = make_plan(config, prompts, list(range(len(lengths))), lengths, width, torch.device("cpu"))
+    evict_at = lifetimes(query, key, value, plan, Selector(config), 0, 0.3)
+    return query, key, value, evict_at, plan
+
+
+def outputs_and_gradients(attend, query, key, value, evict_at, plan):
+    leaves = [tensor.clone().requires_grad_() for tensor in (query, key, value)]
+    out = attend(*leaves, evict_at, plan, 0.3)
+    weights = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).view(out.shape)
+    (out * weights).sum().backward()
+    return [out.detach(), *(leaf.grad for leaf in leaves)]
+
+
+@given(batches(), st.integers(0, 1000))
+def test_segments_equals_reference(batch, seed):
+    tensors = make(*batch, seed)
+    for ours, theirs in zip(
+        outputs_and_gradients(segments.attend, *tensors), outputs_and_gradients(reference.attend, *tensors), strict=True
+    ):
+        assert (ours - theirs).abs().max() < 1e-10
+
+
+def test_small_calls_give_the_same(monkeypatch):
+    """However the segments are split over attention calls."""
+    config = EvictionConfig(policy="snapkv", budget=12, window=4, sinks=1)
+    tensors = make(config, [[(0, 5)], [(0, 30)], [(0, 2)]], [70, 66, 31], (4, 2))
+    one_call = outputs_and_gradients(segments.attend, *tensors)
+    monkeypatch.setattr(segments, "_GATHERED", 1)
+    for ours, theirs in zip(outputs_and_gradients(segments.attend, *tensors), one_call, strict=True):
+        assert (ours - theirs).abs().max() < 1e-12
+
+
+def test_reference_equals_a_loop_over_queries():
+    config = EvictionConfig(policy="random", budget=8, window=4, sinks=1)
+    lengths = [25, 13]
+    query, key, value, evict_at, plan = make(config, [[(0, 3)], [(0, 11)]], lengths, (4, 2))
+    out = reference.attend(query, key, value, evict_at, plan, 0.3)
+    assert (evict_at[0] <= 24).any()
+    for row, length in enumerate(lengths):
+        for head in range(4):
+            for i in range(length):
+                seen = [j for j in range(i + 1) if i < evict_at[row, head // 2, j]]
+                weights = (key[row, head // 2, seen] @ query[row, head, i] * 0.3).softmax(0)
+                assert (out[row, i, head] - weights @ value[row, head // 2, seen]).abs().max() < 1e-12
+        assert (out[row, length:] == 0).all()
+
+
+@pytest.mark.parametrize("attend", [segments.attend, reference.attend])
+def test_a_budget_that_is_never_exceeded_is_dense_attention(attend):
+    config = EvictionConfig(policy="vase_attnv", budget=64, window=16)
+    query, key, value, evict_at, plan = make(config, [[(0, 5)], [(0, 20)]], [64, 40], (4, 2))
+    assert torch.equal(evict_at, never_evicted(plan, 2))
+    out = attend(query, key, value, evict_at, plan, 0.3)
+    dense = scaled_dot_product_attention(query, key, value, is_causal=True, scale=0.3, enable_gqa=True).transpose(1, 2)
+    for row, length in enumerate([64, 40]):
+        assert (out[row, :length] - dense[row, :length]).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("family", ["qwen3", "llama"])
+def test_without_cache_or_simulation_it_is_sdpa(family):
+    ids, mask = left_padded([[5, 6, 7, 8], [9, 3], [4, 4, 4]])
+    logits = {
+        name: tiny_model(family, attention=name)(input_ids=ids, attention_mask=mask).logits
+        for name in ("vkvtrain", "sdpa")
+    }
+    assert torch.equal(logits["vkvtrain"][mask.bool()], logits["sdpa"][mask.bool()])

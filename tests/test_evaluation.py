@@ -26,7 +26,7 @@ def model(batch_size=4, **eviction):
     return EvictionLM(str(MODEL_PATH), device="cpu", batch_size=batch_size, **eviction)
 
 
-def requests(lengths=(9, 14, 18, 10, 18, 15), repeats=1, **settings):
+def requests(lengths=(9, 14, 16, 10, 16, 15), repeats=1, **settings):
     settings = {"do_sample": False, "max_gen_toks": 150, "until": [], **settings}
     return [
         Instance(
@@ -87,12 +87,12 @@ def test_tokens_are_counted_to_the_rows_own_end():
 
 
 def test_a_cut_off_generation_is_said_to_be_one():
-    _, records = generate(model(), requests(lengths=(9, 18), max_gen_toks=80))
+    _, records = generate(model(), requests(lengths=(9, 16), max_gen_toks=80))
     assert [record["looping_or_cut_off"] for (record,) in records] == [False, True]
 
 
 def test_repeats_have_their_own_randomness():
-    asked = requests(lengths=(18,), repeats=2)
+    asked = requests(lengths=(16,), repeats=2)
     lm = model(policy="random", budget=32, window=16)
     lm.generate_until([*asked, *asked, *asked], disable_tqdm=True)  # a lagging rank repeats its last request
     records = asked[0].args[1][RECORD]
@@ -112,7 +112,7 @@ def test_a_budget_that_was_never_reached_is_loud(caplog):
 
 def test_a_prompt_that_is_cut_says_so(caplog):
     with caplog.at_level(logging.WARNING):
-        generate(model(), requests(lengths=(18,), max_gen_toks=480))
+        generate(model(), requests(lengths=(16,), max_gen_toks=480))
     assert "cut to their last 32 tokens" in caplog.text
 
 

@@ -3,6 +3,7 @@
 Knows the names and arguments of the policies; knows nothing of models, caches or training.
 """
 
+import dataclasses
 import difflib
 import json
 import os
@@ -109,7 +110,7 @@ class EvictionConfig(Settings):
         return get_policy(self.policy)(**self._checked_policy_args())
 
     def _checked_policy_args(self) -> dict[str, Any]:
-        known = list(get_policy(self.policy).__dataclass_fields__)
+        known = [argument.name for argument in dataclasses.fields(get_policy(self.policy))]
         for name in self.policy_args:
             if name not in known:
                 hint = nearest(name, known) if known else " (it takes none)"

@@ -57,8 +57,8 @@ def build_tokenizer() -> Any:
 
 def build_model(tokenizer: Any) -> Any:
     config = Qwen3Config(
-        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=32, max_position_embeddings=512, rope_parameters={"rope_type": "default",
+        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=8,
+        num_key_value_heads=4, head_dim=32, max_position_embeddings=512, rope_parameters={"rope_type": "default",
         "rope_theta": 10000.0}, tie_word_embeddings=True, pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, attention_dropout=0.0,
     )  # fmt: skip
@@ -122,7 +122,7 @@ def main(settings: Settings) -> None:
             for group in optimizer.param_groups:
                 group["lr"] = rate
             pairs = curriculum.pairs(rng)
-            rows = settings.batch_tokens // (9 * pairs + 12)
+            rows = settings.batch_tokens // (10 * pairs + 12)
             batch = [problem("train", settings.seed, index + row, pairs) for row in range(rows)]
             index += rows
             ids = tokenizer(
@@ -182,7 +182,7 @@ def write_card(
 ---
 # The embedded tiny reasoning model of vkvtrain
 
-A Qwen3-shaped model of {parameters:,} parameters (4 layers, 4 query heads, 2 KV heads, head dimension 32), trained from
+A Qwen3-shaped model of {parameters:,} parameters (4 layers, 8 query heads, 4 KV heads, head dimension 32), trained from
 scratch with the full cache to solve one task. It is small enough to train and evaluate for eviction on a CPU in
 minutes; it knows nothing else and nothing of eviction.
 

@@ -5,7 +5,7 @@ in alphabetical order, restates each key and its digit, adds it to the running t
 and the passcode::
 
     prompt     c1a3@58b7?
-    response   <think>a3+0=3;b7+3=0;c1+0=1;</think>1@58
+    response   <think>a:3+0=3;b:7+3=0;c:1+0=1;</think>1@58
 
 Every step looks its key up in the prompt, so a cache that lost the entry cannot continue; the passcode is stated once
 and used once, after everything else. Knows nothing of models or eviction.
@@ -21,10 +21,10 @@ from typing import Literal
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
-MAX_PAIRS = 18
+MAX_PAIRS = 16
 KEYS = string.ascii_lowercase[:MAX_PAIRS]
 """Keys in the order of the response; a problem with n pairs uses the first n."""
-ALPHABET = string.digits + KEYS + "@?+=;"
+ALPHABET = string.digits + KEYS + "@?:+=;"
 THINK, END_THINK = "<think>", "</think>"
 
 _ANSWER = re.compile(r"^(\d)")
@@ -54,7 +54,7 @@ def problem(split: Split, seed: int, index: int, pairs: int = MAX_PAIRS) -> Prob
         split: `train`, `validation` or `test`.
         seed: the data seed.
         index: which problem, from 0.
-        pairs: how many keyed digits, 1 to 18.
+        pairs: how many keyed digits, 1 to 16.
     """
     if split not in SPLITS:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
@@ -71,7 +71,7 @@ def problem(split: Split, seed: int, index: int, pairs: int = MAX_PAIRS) -> Prob
             break
     total, steps = 0, []
     for key, digit in digits.items():
-        steps.append(f"{key}{digit}+{total}={(total + digit) % 10};")
+        steps.append(f"{key}:{digit}+{total}={(total + digit) % 10};")
         total = (total + digit) % 10
     response = f"{THINK}{''.join(steps)}{END_THINK}{total}@{passcode}"
     return Problem(prompt, response, str(total), passcode)

@@ -461,13 +461,13 @@ def test_budgets_are_drawn_for_each_step(source, tmp_path):
 def test_the_log_says_which_budget_a_step_had(source, tmp_path):
     settings = recipe(
         source, tmp_path / "run", {**EVICTED, "budget": [24, 64]},
-        training={"steps": 12, "dense_fraction": 0.34, "global_batch": 2},
+        training={"steps": 24, "dense_fraction": 0.34, "global_batch": 1},
     )  # fmt: skip
-    configs = [step_eviction(settings, step) for step in range(12)]
+    configs = [step_eviction(settings, step) for step in range(24)]
     logged = run(settings)
     assert [row.get("budget") for row in logged] == [config and config.budget for config in configs]
     assert {row.get("budget") for row in logged} == {24, 64, None}
-    assert column(logged, "step") == list(range(1, 13))
+    assert column(logged, "step") == list(range(1, 25))
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ from vkvtrain.training.checkpoints import FINISHED
 ROOT = Path(__file__).parents[2]
 RECIPES = {"eviction_lora": "recipes/tiny/vase.yaml", "dense_lora": "recipes/tiny/dense.yaml"}
 POLICY, WINDOW, BUDGETS = "vase_attnv", 16, (80, 64)
-"""Final length is about 172 tokens: 2.15x and 2.7x compression."""
+"""Final length is about 171 tokens: 2.1x and 2.7x compression."""
 MODELS = ("base", "dense_lora", "eviction_lora")
 CELLS = [
     ("base", None),

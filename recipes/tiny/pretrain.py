@@ -209,8 +209,8 @@ so the splits are disjoint by construction.
 
 `python recipes/tiny/pretrain.py --output vkvtrain/tiny/model --seed {settings.seed}`: AdamW, peak learning rate
 {settings.learning_rate:g}, {settings.batch_tokens} tokens a step, chains that lengthen from 4 to {MAX_PAIRS} keys
-as they are solved, then {settings.steps} steps at full length: {steps} steps and {seconds} seconds on two CPU cores; the log is
-`training_log.jsonl`.
+as they are solved, then {settings.steps} steps at full length: {steps} steps and {seconds} seconds on two CPU cores;
+the log is `training_log.jsonl`.
 
 ## Numbers
 

@@ -1,8 +1,8 @@
 """The embedded task: a keyed running sum that needs its own past, with a once-stated passcode.
 
-A prompt states keyed digits in random order and, somewhere among them, a two-digit passcode; the response visits the keys
-in alphabetical order, restates each key and its digit, adds it to the running total modulo 10, and closes with the total
-and the passcode::
+A prompt states keyed digits in random order and, somewhere among them, a two-digit passcode; the response visits the
+keys in alphabetical order, restates each key and its digit, adds it to the running total modulo 10, and closes with the
+total and the passcode::
 
     prompt     c1a3@58b7?
     response   <think>a:3+0=3;b:7+3=0;c:1+0=1;</think>1@58

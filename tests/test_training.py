@@ -8,7 +8,6 @@ import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -29,7 +28,8 @@ from vkvtrain.events import evictions_by
 from vkvtrain.tiny import MODEL_PATH
 from vkvtrain.training import loop, objectives
 from vkvtrain.training.data import collate, load_data, sample
-from vkvtrain.training.loop import asked_processes, check_world_size, load_model, step_rows, train, train_step
+from vkvtrain.training.launch import asked_of_accelerate, asked_processes, check_world_size
+from vkvtrain.training.loop import load_model, step_rows, train, train_step
 from vkvtrain.training.objectives import forward_kl, response_logits, teacher_logits
 from vkvtrain.training.overrides import load_recipe
 from vkvtrain.training.schedule import is_dense, step_eviction
@@ -136,7 +136,8 @@ def test_agrees_with_the_trainer_of_transformers(source, tmp_path, ours, theirs)
     """20 float32 steps without eviction: the same data, initial weights and learning rate, stock attention there."""
     (batch, forward), steps = ours, 20
     settings = recipe(
-        source, tmp_path / "ours", lora={"r": 8, "alpha": 16},
+        source, tmp_path / "ours", lora={"r": 8, "alpha": 24},
+        optim={"weight_decay": 0.1, "betas": [0.8, 0.99]},
         training={"steps": steps, "global_batch": batch, "batch_per_device": forward},
     )  # fmt: skip
     logged = run(settings)
@@ -150,10 +151,10 @@ def test_agrees_with_the_trainer_of_transformers(source, tmp_path, ours, theirs)
         rows.append({"ids": prompt + response, "labels": [-100] * len(prompt) + response})
     set_seed(0)
     model = AutoModelForCausalLM.from_pretrained(str(MODEL_PATH), attn_implementation="sdpa")
-    model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"))
+    model = get_peft_model(model, LoraConfig(r=8, lora_alpha=24, target_modules="all-linear", task_type="CAUSAL_LM"))
     arguments = TrainingArguments(
         output_dir=str(tmp_path / "theirs"), max_steps=steps, per_device_train_batch_size=theirs[0],
-        gradient_accumulation_steps=theirs[1], learning_rate=1e-3, lr_scheduler_type="constant", weight_decay=0.0,
+        gradient_accumulation_steps=theirs[1], learning_rate=1e-3, lr_scheduler_type="constant", weight_decay=0.1, adam_beta1=0.8, adam_beta2=0.99,
         max_grad_norm=1.0, logging_steps=1, logging_nan_inf_filter=False, use_cpu=True, report_to="none",
         save_strategy="no", remove_unused_columns=False, disable_tqdm=True,
     )  # fmt: skip
@@ -609,7 +610,7 @@ def test_the_launch_is_checked(source, tmp_path, monkeypatch):
             monkeypatch.delenv("WORLD_SIZE", raising=False)
         else:
             monkeypatch.setenv("WORLD_SIZE", asked)
-        check_world_size(settings, SimpleNamespace(num_processes=got))
+        check_world_size(settings, got)
 
     for got, asked in ((1, None), (1, ""), (1, "1"), (2, "2"), (16, "16")):
         check(got, asked)
@@ -627,6 +628,21 @@ def test_a_launch_that_lost_its_processes_stops_before_any_model(source, tmp_pat
     with pytest.raises(ValueError, match="asked for 2 processes but this run has 1"):
         train(recipe(source, tmp_path / "run"))
     assert not (tmp_path / "run").exists()
+
+
+def test_what_accelerate_was_asked_for(tmp_path):
+    config = tmp_path / "launch.yaml"
+    config.write_text("compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_CPU\nnum_processes: 3\n")
+    for command, asked in (
+        (["python", "accelerate", "launch", "--cpu", "--num_processes", "2", "train.py", "--num_processes", "9"], 2),
+        (["python", "-m", "accelerate.commands.launch", "--num_processes=4", "train.py"], 4),
+        (["accelerate", "launch", "--config_file", str(config), "train.py"], 3),
+        (["accelerate", "launch", "--config_file", str(config), "--num_processes", "1", "train.py"], 1),
+        (["accelerate", "launch", "train.py"], 1),
+        (["bash"], 1),
+        ([], 1),
+    ):
+        assert asked_of_accelerate(command) == asked
 
 
 @pytest.mark.slow

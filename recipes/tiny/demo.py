@@ -31,6 +31,8 @@ ROOT = Path(__file__).parents[2]
 RECIPES = {"eviction_lora": "recipes/tiny/vase.yaml", "dense_lora": "recipes/tiny/dense.yaml"}
 POLICY, WINDOW, BUDGETS = "vase_attnv", 16, (80, 64)
 """Final length is about 171 tokens: 2.1x and 2.7x compression."""
+PROBLEMS = 400
+"""Of the task (eval/tasks/tiny/keyed_sum.yaml)."""
 MODELS = ("base", "dense_lora", "eviction_lora")
 CELLS = [
     ("base", None),
@@ -50,8 +52,8 @@ Samples = list[dict[str, Any]]
 class Settings:
     output: Path = ROOT / "runs/demo"
     """Directory to write."""
-    problems: int = 400
-    """Test problems of each evaluation, at most 400."""
+    problems: int = PROBLEMS
+    """Test problems of each evaluation, at most all of them."""
     steps: int | None = None
     """Training steps of both adapters instead of the recipe's, for a quick look."""
     seed: int = 0
@@ -83,8 +85,10 @@ def evaluate(settings: Settings, model: str, budget: int | None) -> Samples:
         arguments += f",policy={POLICY},budget={budget},window={WINDOW},seed={settings.seed}"
     directory = settings.output / "lm-eval" / f"{model}-{budget or 'full'}"
     command = ["vkvtrain", "lm-eval", "run", "--model", "vkv", "--model_args", arguments]
-    command += ["--include_path", "eval/tasks", "--tasks", "tiny_keyed_sum", "--limit", str(settings.problems)]
+    command += ["--include_path", "eval/tasks", "--tasks", "tiny_keyed_sum"]
     command += ["--batch_size", "100", "--device", "cpu", "--output_path", str(directory), "--log_samples"]
+    if settings.problems < PROBLEMS:
+        command += ["--limit", str(settings.problems)]
     run(command)
     newest = max(directory.rglob("samples_*.jsonl"), key=lambda path: path.stat().st_mtime)
     return sorted(map(json.loads, newest.read_text().splitlines()), key=lambda sample: sample["doc_id"])
@@ -193,8 +197,8 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
 
 
 def main(settings: Settings) -> None:
-    if not 1 <= settings.problems <= 400:
-        sys.exit(f"demo: problems must be from 1 to 400, got {settings.problems}")
+    if not 1 <= settings.problems <= PROBLEMS:
+        sys.exit(f"demo: problems must be from 1 to {PROBLEMS}, got {settings.problems}")
     settings.output = settings.output.absolute()
     began = time.monotonic()
     for model in RECIPES:

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -21,6 +20,7 @@ from vkvtrain.support import ATTENTION, evicting_layers
 from vkvtrain.tiny import MODEL_PATH
 from vkvtrain.training.checkpoints import check_output, finish_run, start_run
 from vkvtrain.training.data import Batch, Row, TrainingData, collate, load_data, sample
+from vkvtrain.training.launch import asked_processes, check_world_size
 from vkvtrain.training.objectives import forward_kl, response_logits, sft_loss, teacher_logits
 from vkvtrain.training.plan import plan
 from vkvtrain.training.schedule import step_eviction
@@ -43,7 +43,7 @@ def train(recipe: Recipe, dry_run: bool = False, overwrite: bool = False) -> Non
     accelerator = Accelerator(
         log_with=None if recipe.log.tracker == "none" else recipe.log.tracker, project_dir=recipe.output
     )
-    check_world_size(recipe, accelerator)
+    check_world_size(recipe, accelerator.num_processes)
     set_seed(recipe.seed)
     name = str(MODEL_PATH) if recipe.model.name == "tiny" else recipe.model.name
     try:
@@ -113,23 +113,6 @@ def load_model(recipe: Recipe, name: str) -> Any:
         init_lora_weights=True if lora.init == "default" else lora.init, task_type="CAUSAL_LM",
     )  # fmt: skip
     return get_peft_model(model, adapter)
-
-
-def asked_processes() -> int:
-    """How many processes the launcher was asked for, from the variables that launchers set."""
-    return int(os.environ.get("WORLD_SIZE") or 1)
-
-
-def check_world_size(recipe: Recipe, accelerator: Accelerator) -> None:
-    """Some launch configurations start one process, or several that do not know of each other, without a word."""
-    got, asked, batch = accelerator.num_processes, asked_processes(), recipe.training.global_batch
-    if got != asked:
-        raise ValueError(
-            f"the launcher was asked for {asked} processes but this run has {got}: launch CPU processes with "
-            "ACCELERATE_USE_CPU=true torchrun --nproc_per_node"
-        )
-    if batch % got:
-        raise ValueError(f"training.global_batch ({batch}) must be a multiple of the {got} processes")
 
 
 def over_processes(accelerator: Accelerator, values: torch.Tensor) -> torch.Tensor:

@@ -61,9 +61,8 @@ def test_records_say_what_the_cache_did():
         assert record["final_length"] == prompt + record["tokens"] - 1
         assert record["evictions"] == evictions_by(prompt, record["final_length"], 48, 16)
         assert record["peak_entries"] == peak_entries(prompt, record["final_length"], 48, 16)
-        assert (
-            record["peak_kv_bytes"] == record["peak_entries"] * 4 * 2 * 2 * 32 * 4
-        )  # layers, heads, k and v, D, float
+        layers, heads, dim = 4, 4, 32
+        assert record["peak_kv_bytes"] == record["peak_entries"] * layers * heads * 2 * dim * 4
         assert record["stream"] == [request.doc_id, 0]
     assert sum(record["evictions"] > 0 for (record,) in records) >= 3
     assert lm.get_model_info()["eviction"]["evictions"] == sum(record["evictions"] for (record,) in records)
@@ -195,6 +194,27 @@ def test_command_line_errors(capsys):
     assert "does not know the budget" in capsys.readouterr().err
     assert cli.main(["--help"]) == 0
     assert "lm-eval" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "given", [["num_beams=4"], ["do_sample=true,num_beams=4"], ["temperature=0.5", "num_beams=4"], ['{"num_beams": 4}']]
+)
+def test_beam_search_is_refused_before_a_model_is_loaded(given, capsys, monkeypatch):
+    monkeypatch.setattr(HFLM, "__init__", lambda *_, **__: pytest.fail("a model was loaded"))
+    command = ["lm-eval", "run", "--model", "vkv", "--gen_kwargs", *given, "--tasks", "tiny_keyed_sum"]
+    assert cli.main(command) == 2
+    assert "num_beams=4 does not work with an evicting cache" in capsys.readouterr().err
+    assert cli.generation_settings(["--gen_kwargs=top_p=0.9", "--tasks", "num_beams=4"]) == {"top_p": 0.9}
+
+
+def test_a_models_own_generation_settings_are_checked(tmp_path, monkeypatch):
+    monkeypatch.setattr(HFLM, "__init__", lambda *_, **__: pytest.fail("a model was loaded"))
+    (tmp_path / "config.json").write_text((MODEL_PATH / "config.json").read_text())
+    (tmp_path / "generation_config.json").write_text('{"num_beams": 3}')
+    with pytest.raises(ValueError, match="num_beams=3 does not work"):
+        EvictionLM(str(tmp_path), **EVICTED)
+    with pytest.raises(ValueError, match=r"pretrained=.*missing cannot be loaded"):
+        EvictionLM(str(tmp_path / "missing"))
 
 
 @pytest.mark.slow

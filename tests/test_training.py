@@ -154,7 +154,8 @@ def test_agrees_with_the_trainer_of_transformers(source, tmp_path, ours, theirs)
     model = get_peft_model(model, LoraConfig(r=8, lora_alpha=24, target_modules="all-linear", task_type="CAUSAL_LM"))
     arguments = TrainingArguments(
         output_dir=str(tmp_path / "theirs"), max_steps=steps, per_device_train_batch_size=theirs[0],
-        gradient_accumulation_steps=theirs[1], learning_rate=1e-3, lr_scheduler_type="constant", weight_decay=0.1, adam_beta1=0.8, adam_beta2=0.99,
+        gradient_accumulation_steps=theirs[1], learning_rate=1e-3, lr_scheduler_type="constant", weight_decay=0.1,
+        adam_beta1=0.8, adam_beta2=0.99,
         max_grad_norm=1.0, logging_steps=1, logging_nan_inf_filter=False, use_cpu=True, report_to="none",
         save_strategy="no", remove_unused_columns=False, disable_tqdm=True,
     )  # fmt: skip
@@ -497,7 +498,7 @@ def test_what_a_run_leaves_behind(source, tmp_path):
     assert load_recipe(directory / "recipe.yaml") == settings
     assert EvictionConfig.from_pretrained(directory) == EvictionConfig(**{**EVICTED, "budget": 32})
     environment = json.loads((directory / "environment.json").read_text())
-    assert environment["torch"] == torch.__version__
+    assert torch.__version__.startswith(environment["torch"])  # a wheel may not state its "+cpu"
     assert {"python", "vkvtrain", "transformers", "peft", "accelerate", "git"} <= environment.keys()
     assert json.loads((directory / "adapter_config.json").read_text())["peft_type"] == "LORA"
     assert AutoTokenizer.from_pretrained(directory).eos_token == "<eos>"

@@ -1,6 +1,9 @@
 """The `vkvtrain` command."""
 
+import json
 import sys
+from itertools import takewhile
+from typing import Any
 
 _HELP = """usage: vkvtrain [-h] [--version] {lm-eval} ...
 
@@ -35,14 +38,29 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
+def generation_settings(arguments: list[str]) -> dict[str, Any]:
+    """What follows `--gen_kwargs`: `name=value`, several of them separated by commas or spaces, or a JSON object."""
+    from lm_eval.utils import simple_parse_args_string
+
+    given: dict[str, Any] = {}
+    for place, argument in enumerate(arguments):
+        name, equals, value = argument.partition("=")
+        if name == "--gen_kwargs":
+            rest = takewhile(lambda other: not other.startswith("-"), arguments[place + 1 :])
+            for part in [value] if equals else rest:
+                given |= json.loads(part) if part.startswith("{") else simple_parse_args_string(part)
+    return given
+
+
 def lm_eval(arguments: list[str]) -> None:
     """lm-eval's own command line with the model `vkv` registered; 0.4.13 finds no plugins by itself."""
     if any(argument.split("=")[0] in ("--use_cache", "-c") for argument in arguments):
         raise ValueError("--use_cache: lm-eval's request cache does not know the budget; leave it out")
     from lm_eval.__main__ import cli_evaluate
 
-    import vkvtrain.evaluation.lm  # noqa: F401  registers the model
+    from vkvtrain.evaluation.lm import check_generation  # importing it registers the model
 
+    check_generation(generation_settings(arguments))
     sys.argv = ["vkvtrain lm-eval", *arguments]
     cli_evaluate()
 

@@ -53,6 +53,14 @@ def check_generation(kwargs: dict[str, Any]) -> None:
             raise ValueError(f"{name}={value!r} does not work with an evicting cache ({reason}): remove it")
 
 
+def own_generation_settings(pretrained: str, revision: str) -> dict[str, Any]:
+    """What a model's generation_config.json sets; empty without the file."""
+    try:
+        return transformers.GenerationConfig.from_pretrained(pretrained, revision=revision).to_diff_dict()
+    except OSError:
+        return {}
+
+
 def take_eviction_config(arguments: dict[str, Any]) -> EvictionConfig:
     """The eviction setting among model arguments, which are removed from them."""
     given = {name: arguments.pop(name) for name in EvictionConfig.model_fields if name in arguments}
@@ -77,8 +85,12 @@ class EvictionLM(_HFLM):
         self.eviction = take_eviction_config(arguments)
         revision = arguments.get("revision") or "main"
         trust = bool(arguments.get("trust_remote_code", False))
-        config = transformers.AutoConfig.from_pretrained(pretrained, revision=revision, trust_remote_code=trust)
+        try:
+            config = transformers.AutoConfig.from_pretrained(pretrained, revision=revision, trust_remote_code=trust)
+        except OSError as error:
+            raise ValueError(f"pretrained={pretrained} cannot be loaded: {' '.join(str(error).split())}") from None
         evicting_layers(config, self.eviction)
+        check_generation(own_generation_settings(pretrained, revision))
         self.records: list[dict[str, Any]] = []
         super().__init__(pretrained, backend="causal", **arguments)
         accelerator = Accelerator()

@@ -36,8 +36,8 @@ def nearest(name: str, known: list[str]) -> str:
 
 
 def one_sentence(error: ValidationError, fields: list[str]) -> str:
-    """The first problem of a pydantic error, said in one sentence."""
-    first = error.errors()[0]
+    """The first problem of a pydantic error, said in one sentence; a misspelt name before the one it leaves missing."""
+    first = min(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
     name = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
         return f"unknown setting {name!r}{nearest(name.rpartition('.')[2], fields)}"

@@ -86,15 +86,17 @@ def read_jsonl(path: Path) -> Iterator[Example]:
         raise ValueError(
             f"data.source: there is no file {str(path)!r} (generated data: {', '.join(GENERATED)}); give a JSONL file"
         )
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             where = f"{path}, row {number}"
             try:
-                row = json.loads(line)
+                row = json.loads(line.decode("utf-8"))
             except json.JSONDecodeError as error:
                 raise ValueError(f"{where} is not valid JSON: {error}") from None
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{where} is not UTF-8 text: {error.reason} at byte {error.start}") from None
             if not isinstance(row, dict):
                 raise ValueError(f"{where} must be an object with 'prompt' and 'completion', got {type(row).__name__}")
             for key in ("prompt", "completion"):

@@ -64,10 +64,12 @@ def train(recipe: Recipe, dry_run: bool = False, overwrite: bool = False) -> Non
     optimizer = torch.optim.AdamW(
         parameters, lr=optim.learning_rate, betas=optim.betas, weight_decay=optim.weight_decay
     )
+    schedule = "constant_with_warmup" if optim.schedule == "constant" else optim.schedule
     scheduler = get_scheduler(
-        optim.schedule, optimizer, num_warmup_steps=optim.warmup_steps, num_training_steps=recipe.training.steps
+        schedule, optimizer, num_warmup_steps=optim.warmup_steps, num_training_steps=recipe.training.steps
     )
     model, optimizer = accelerator.prepare(model, optimizer)
+    model.train()  # as loaded it evaluates: neither dropout nor checkpointing
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     bar = tqdm(
         total=recipe.training.steps, disable=not accelerator.is_main_process, desc=recipe.output.name, mininterval=2
@@ -81,7 +83,8 @@ def train(recipe: Recipe, dry_run: bool = False, overwrite: bool = False) -> Non
         row["tokens_per_second"] = round(row.pop("tokens") / (time.monotonic() - began))
         if data.held_out and ((step + 1) % recipe.log.evaluate_every == 0 or step + 1 == recipe.training.steps):
             row |= held_out_losses(recipe, accelerator, model, data.held_out, pad)
-            bar.write(json.dumps({key: row[key] for key in row if key.startswith("held_out") or key == "step"}))
+            if accelerator.is_main_process:
+                bar.write(json.dumps({key: row[key] for key in row if key.startswith("held_out") or key == "step"}))
         if log is not None:
             with log.open("a") as lines:
                 lines.write(json.dumps(row) + "\n")
@@ -140,7 +143,7 @@ def train_step(
         [sum(row.response_length for row, _ in mine), sum(row.length for row, _ in mine)], device=accelerator.device
     )
     targets, tokens = over_processes(accelerator, counts).tolist()
-    loss, evictions, live = torch.zeros((), device=accelerator.device), 0.0, 0.0
+    loss, seen = torch.zeros((), device=accelerator.device), torch.zeros(2, device=accelerator.device)
     for number, part in enumerate(parts):
         batch = collate([row for row, _ in part], [epoch for _, epoch in part], pad, accelerator.device)
         last = number + 1 == len(parts)
@@ -150,8 +153,7 @@ def train_step(
             accelerator.backward(summed * accelerator.num_processes / targets)
             loss += summed.detach().float() / targets
         if trace is not None:
-            events, share = what_happened(trace, batch)
-            evictions, live = evictions + events * len(part) / len(mine), live + share * len(part) / len(mine)
+            seen += torch.tensor(what_happened(trace, batch), device=accelerator.device) * len(part) / len(mine)
     total = over_processes(accelerator, loss).item()
     if not math.isfinite(total):
         raise FloatingPointError(
@@ -168,6 +170,9 @@ def train_step(
         "kind": "dense" if config is None else "evicted",
     }
     if config is not None:
+        # every process has as many samples as any other
+        mean = over_processes(accelerator, seen) / accelerator.num_processes
+        evictions, live = mean[0].item(), mean[1].item()
         logged |= {"budget": config.budget, "evictions": round(evictions, 3), "live_fraction": round(live, 4)}
     return logged
 
@@ -193,12 +198,12 @@ def objective(recipe: Recipe, accelerator: Accelerator, model: Any, batch: Batch
 
 
 def what_happened(trace: Trace, batch: Batch) -> tuple[float, float]:
-    """(evictions a sample, share of keys that are still held at the end), over the evicting layers."""
+    """(evictions, share of its keys still held at its end) of the mean sample, over the evicting layers."""
     plan_rows = trace.rows
     events = sum(len(row.events) for row in plan_rows) / len(plan_rows)
     real = batch.attention_mask.bool()[:, None]
     width = batch.input_ids.shape[1]
-    shares = [((at > width) & real).sum() / (real.sum() * at.shape[1]) for at in trace.evict_at.values()]
+    shares = [((at > width) & real).sum(-1).float().mean(-1) / real.sum((-2, -1)) for at in trace.evict_at.values()]
     return events, torch.stack(shares).mean().item()
 
 

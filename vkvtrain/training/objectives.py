@@ -33,7 +33,7 @@ def forward_kl(student: Tensor, teacher: Tensor) -> Tensor:
     """
     total = student.new_zeros((), dtype=torch.float64 if student.dtype == torch.float64 else torch.float32)
     for ours, theirs in zip(student.split(_CHUNK), teacher.split(_CHUNK), strict=True):
-        log_q, log_p = ours.to(total.dtype).log_softmax(-1), theirs.to(total.dtype).log_softmax(-1)
+        log_q, log_p = ours.to(total.dtype).log_softmax(-1), theirs.detach().to(total.dtype).log_softmax(-1)
         total = total + torch.nn.functional.kl_div(log_q, log_p, reduction="sum", log_target=True)
     return total
 

@@ -103,11 +103,19 @@ def parse_command(arguments: Sequence[str]) -> Command:
 
 
 def apply_overrides(values: dict[str, Any], overrides: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    """The recipe's values with the overrides in place; a section that was null is opened."""
+    """The recipe's values with the overrides in place; a section that was null is opened.
+
+    Raises:
+        ValueError: an override inside a section that is no mapping.
+    """
     merged = {name: dict(value) if isinstance(value, dict) else value for name, value in values.items()}
     for dotted, value in overrides:
         section, _, name = dotted.rpartition(".")
         if section:
+            if not isinstance(merged.get(section) or {}, dict):
+                raise ValueError(
+                    f"--{dotted}: {section} is {merged[section]!r} in the recipe, not a mapping"
+                )
             merged[section] = {**(merged.get(section) or {}), name: value}
         else:
             merged[name] = value
@@ -120,8 +128,9 @@ def load_recipe(path: Path, overrides: Sequence[tuple[str, Any]] = ()) -> Recipe
     Raises:
         ValueError: one sentence that names the file, the setting and the fix.
     """
-    values = apply_overrides(recipe_values(path), overrides)
+    values = recipe_values(path)
     try:
+        values = apply_overrides(values, overrides)
         return Recipe(**values)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None

@@ -161,9 +161,14 @@ def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
         raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold a mapping of settings, got {type(values).__name__}")
+    for key in values:
+        if not isinstance(key, str):
+            raise ValueError(f"{path}: unknown setting {key!r}: the names of settings are text")
     base = values.pop("base", None)
     if base is None:
         return values
+    if not isinstance(base, str):
+        raise ValueError(f"{path}: base must be the path of another recipe, got {base!r}")
     merged = _read(path.parent / base, (*above, path.resolve()))
     for key, value in values.items():
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)

@@ -113,9 +113,7 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[tuple[str, Any]]
         section, _, name = dotted.rpartition(".")
         if section:
             if not isinstance(merged.get(section) or {}, dict):
-                raise ValueError(
-                    f"--{dotted}: {section} is {merged[section]!r} in the recipe, not a mapping"
-                )
+                raise ValueError(f"--{dotted}: {section} is {merged[section]!r} in the recipe, not a mapping")
             merged[section] = {**(merged.get(section) or {}), name: value}
         else:
             merged[name] = value

@@ -4,36 +4,21 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from families import tiny_family
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from vkvtrain import EvictionCache, EvictionConfig, simulated_eviction
 
-FAMILIES: dict[str, tuple[type, type]] = {
-    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
-    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
-    "llama": (LlamaConfig, LlamaForCausalLM),
-}
-
 
 def tiny_model(
-    family: str = "qwen3", *, heads: int = 4, kv_heads: int = 2, layers: int = 2, vocab: int = 40,
+    family: str = "Qwen3", *, heads: int = 4, kv_heads: int = 2, layers: int = 2, vocab: int = 40,
     dtype: torch.dtype = torch.float64, seed: int = 0, attention: str = "vkvtrain", **extra: Any,
 ) -> Any:  # fmt: skip
-    config_class, model_class = FAMILIES[family]
-    torch.manual_seed(seed)
-    head_dim = {"head_dim": 16} if family != "qwen2" else {}
-    config = config_class(
-        vocab_size=vocab, hidden_size=16 * heads, intermediate_size=64, num_hidden_layers=layers,
-        num_attention_heads=heads, num_key_value_heads=kv_heads, max_position_embeddings=4096, pad_token_id=0,
-        bos_token_id=1, eos_token_id=None, attn_implementation=attention, **head_dim, **extra,
+    """A random model of a family without layer types, in another shape than its own."""
+    return tiny_family(
+        family, vocab=vocab, dtype=dtype, seed=seed, attention=attention, hidden_size=16 * heads,
+        num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads, **extra,
     )  # fmt: skip
-    model = model_class(config).to(dtype).eval()
-    with torch.no_grad():
-        for name, weight in model.named_parameters():  # larger weights: attention that prefers something
-            if weight.dim() == 2 and "embed" not in name:
-                weight.mul_(4)
-    return model
 
 
 def right_padded(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
@@ -64,12 +49,13 @@ def simulate(
 
 @torch.no_grad()
 def decode(
-    model: Any, config: EvictionConfig, rows: Sequence[Sequence[int]], prompts: Sequence[int], streams: Sequence[Any],
-) -> tuple[list[Tensor], list[dict[int, list[Tensor]]], EvictionCache]:  # fmt: skip
+    model: Any, config: EvictionConfig, rows: Sequence[Sequence[int]], prompts: Sequence[int], streams: Sequence[Any]
+) -> tuple[list[Tensor], list[dict[int, dict[int, Tensor]]], EvictionCache]:
     """Teacher-forced decoding with left-padded prompts; all rows have equally many tokens after their prompt.
 
     Returns:
-        Logits of each row [length, vocab]; for each row, by number of tokens seen, the positions held by each layer.
+        Logits of each row [length, vocab]; for each row, by number of tokens seen, the positions that each evicting
+        layer holds; the cache.
     """
     steps = len(rows[0]) - prompts[0]
     assert all(len(row) - prompt == steps for row, prompt in zip(rows, prompts, strict=True))
@@ -79,7 +65,7 @@ def decode(
         input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0), past_key_values=cache
     )
     logits = [[out.logits[i, -prompt:]] for i, prompt in enumerate(prompts)]
-    held: list[dict[int, list[Tensor]]] = [{} for _ in rows]
+    held: list[dict[int, dict[int, Tensor]]] = [{} for _ in rows]
     for step in range(steps):
         mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=-1)
         position = torch.tensor([[prompt + step] for prompt in prompts])
@@ -89,10 +75,29 @@ def decode(
         for i, prompt in enumerate(prompts):
             logits[i].append(out.logits[i])
             if cache.stats()[i]["evictions"] > before[i]:
-                held[i][prompt + step + 1] = [cache.positions(layer, i) for layer in range(len(cache.layers))]
+                held[i][prompt + step + 1] = {
+                    layer: cache.positions(layer, i) for layer, kind in enumerate(cache.kinds) if kind.evicts
+                }
     return [torch.cat(parts) for parts in logits], held, cache
 
 
 def held_at(evict_at: Tensor, row: int, seen: int) -> list[list[int]]:
     """Positions that `evict_at` [B, Hkv, S] says are held once `seen` tokens were seen, for each KV head."""
     return [(head[:seen] > seen).nonzero().flatten().tolist() for head in evict_at[row]]
+
+
+def rows_of(prompts: Sequence[int], steps: int, vocab: int = 8, seed: int = 1) -> list[list[int]]:
+    """Few distinct tokens, so that equal tokens and ties are everywhere."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(1, vocab, (prompt + steps,), generator=generator).tolist() for prompt in prompts]
+
+
+def sets_equal(evict_at: dict[int, Tensor], held: list[dict[int, dict[int, Tensor]]]) -> tuple[int, int]:
+    """(equal, compared) kept sets over rows, events, layers and heads."""
+    equal = compared = 0
+    for row, events in enumerate(held):
+        for seen, layers in events.items():
+            for layer, positions in layers.items():
+                for ours, theirs in zip(held_at(evict_at[layer], row, seen), positions.tolist(), strict=True):
+                    equal, compared = equal + (ours == theirs), compared + 1
+    return equal, compared

@@ -8,9 +8,13 @@ from passes import left_padded, tiny_model
 from torch.nn.functional import scaled_dot_product_attention
 
 from vkvtrain import EvictionConfig
-from vkvtrain.attention import reference, segments
+from vkvtrain.attention import reference, segments, sliding
 from vkvtrain.lifetimes import lifetimes, make_plan, never_evicted
+from vkvtrain.logits import LogitForm, attend
 from vkvtrain.selection import Selector
+
+FORM = LogitForm(0.3)
+FORMS = [FORM, LogitForm(0.3, softcap=1.5), LogitForm(0.3, sinks=torch.linspace(-1, 2, 4, dtype=torch.float64))]
 
 
 @st.composite
@@ -42,25 +46,73 @@ def make(config, prompts, lengths, heads, seed=0, dim=8):
         torch.randn(len(lengths), heads[1], width, dim, dtype=torch.float64, generator=generator) for _ in range(2)
     )
     plan = make_plan(config, prompts, list(range(len(lengths))), lengths, width, torch.device("cpu"))
-    evict_at = lifetimes(query, key, value, plan, Selector(config), 0, 0.3)
+    evict_at = lifetimes(query, key, value, plan, Selector(config), 0, FORM)
     return query, key, value, evict_at, plan
 
 
-def outputs_and_gradients(attend, query, key, value, evict_at, plan):
+def outputs_and_gradients(attend, query, key, value, *arguments, form=FORM):
     leaves = [tensor.clone().requires_grad_() for tensor in (query, key, value)]
-    out = attend(*leaves, evict_at, plan, 0.3)
+    out = attend(*leaves, *arguments, form)
     weights = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).view(out.shape)
     (out * weights).sum().backward()
     return [out.detach(), *(leaf.grad for leaf in leaves)]
 
 
-@given(batches(), st.integers(0, 1000))
-def test_segments_equals_reference(batch, seed):
+def fitting(form, heads):
+    """The form with as many sinks as there are query heads."""
+    return form if form.sinks is None else LogitForm(form.scaling, form.softcap, form.sinks[:heads])
+
+
+@given(batches(), st.integers(0, 1000), st.sampled_from(FORMS))
+def test_segments_equals_reference(batch, seed, form):
     tensors = make(*batch, seed)
+    form = fitting(form, tensors[0].shape[1])
     for ours, theirs in zip(
-        outputs_and_gradients(segments.attend, *tensors), outputs_and_gradients(reference.attend, *tensors), strict=True
+        outputs_and_gradients(segments.attend, *tensors, form=form),
+        outputs_and_gradients(reference.attend, *tensors, form=form),
+        strict=True,
     ):
         assert (ours - theirs).abs().max() < 1e-10
+
+
+@given(batches(), st.integers(1, 80), st.integers(0, 1000), st.sampled_from(FORMS))
+def test_sliding_windows_equal_the_reference(batch, window, seed, form):
+    query, key, value, _, plan = make(*batch, seed)
+    form = fitting(form, query.shape[1])
+    for ours, theirs in zip(
+        outputs_and_gradients(sliding.attend, query, key, value, window, plan, form=form),
+        outputs_and_gradients(reference.attend_sliding, query, key, value, window, plan, form=form),
+        strict=True,
+    ):
+        assert (ours - theirs).abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("form", FORMS[1:], ids=["softcap", "sinks"])
+def test_the_reference_honours_the_form(form):
+    """Soft cap and sinks as the loop over queries says."""
+    query, key, value, evict_at, plan = make(
+        EvictionConfig(policy="snapkv", budget=8, window=4, sinks=1), [[(0, 3)]], [20], (4, 2)
+    )
+    out = reference.attend(query, key, value, evict_at, plan, form)
+    for head in range(4):
+        for i in range(20):
+            seen = [j for j in range(i + 1) if i < evict_at[0, head // 2, j]]
+            logits = key[0, head // 2, seen] @ query[0, head, i] * 0.3
+            if form.softcap is not None:
+                logits = 1.5 * torch.tanh(logits / 1.5)
+            weights = logits.exp()
+            total = weights.sum() + (0 if form.sinks is None else form.sinks[head].exp())
+            assert (out[0, i, head] - weights / total @ value[0, head // 2, seen]).abs().max() < 1e-12
+
+
+def test_a_query_that_sees_nothing_gets_zero_and_no_nan_gradient():
+    for form in FORMS:
+        leaf = torch.randn(1, 4, 3, 8, dtype=torch.float64).requires_grad_()
+        visible = torch.tensor([[False] * 3, [True, False, False], [True] * 3])
+        out = attend(leaf, leaf[:, :2], leaf[:, :2], form, visible)
+        assert (out[:, :, 0] == 0).all()
+        out.sum().backward()
+        assert leaf.grad.isfinite().all()
 
 
 def test_small_calls_give_the_same(monkeypatch):
@@ -77,7 +129,7 @@ def test_reference_equals_a_loop_over_queries():
     config = EvictionConfig(policy="random", budget=8, window=4, sinks=1)
     lengths = [25, 13]
     query, key, value, evict_at, plan = make(config, [[(0, 3)], [(0, 11)]], lengths, (4, 2))
-    out = reference.attend(query, key, value, evict_at, plan, 0.3)
+    out = reference.attend(query, key, value, evict_at, plan, FORM)
     assert (evict_at[0] <= 24).any()
     for row, length in enumerate(lengths):
         for head in range(4):
@@ -93,13 +145,13 @@ def test_a_budget_that_is_never_exceeded_is_dense_attention(attend):
     config = EvictionConfig(policy="vase_attnv", budget=64, window=16)
     query, key, value, evict_at, plan = make(config, [[(0, 5)], [(0, 20)]], [64, 40], (4, 2))
     assert torch.equal(evict_at, never_evicted(plan, 2))
-    out = attend(query, key, value, evict_at, plan, 0.3)
+    out = attend(query, key, value, evict_at, plan, FORM)
     dense = scaled_dot_product_attention(query, key, value, is_causal=True, scale=0.3, enable_gqa=True).transpose(1, 2)
     for row, length in enumerate([64, 40]):
         assert (out[row, :length] - dense[row, :length]).abs().max() < 1e-12
 
 
-@pytest.mark.parametrize("family", ["qwen3", "llama"])
+@pytest.mark.parametrize("family", ["Qwen3", "Llama"])
 def test_without_cache_or_simulation_it_is_sdpa(family):
     ids, mask = left_padded([[5, 6, 7, 8], [9, 3], [4, 4, 4]])
     logits = {

@@ -33,7 +33,8 @@ def test_what_the_cache_holds(prompts, steps, window, times, policy, heads):
         assert stats["peak_entries"] == peak_entries(prompt, length, budget, window)
         assert stats["live_entries"] == cache.positions(0, row).shape[1]
         gone = torch.zeros(heads[1], length, dtype=torch.bool)
-        for seen, (positions,) in held[row].items():
+        for seen, layers in held[row].items():
+            positions = layers[0]
             assert positions.shape == (heads[1], budget)
             assert (positions.diff(dim=-1) > 0).all()
             assert (positions[:, :sinks] == torch.arange(sinks)).all()

@@ -4,30 +4,13 @@ import warnings
 
 import pytest
 import torch
-from passes import decode, held_at, right_padded, simulate, tiny_model
+from passes import decode, held_at, right_padded, rows_of, sets_equal, simulate, tiny_model
 from transformers import AttentionInterface
 
 from vkvtrain import EvictionCache, EvictionConfig, simulated_eviction
 from vkvtrain.policies import POLICIES
 
 STREAMS = [3, (4, 1), (0, 0, 2)]
-
-
-def rows_of(prompts, steps, vocab=8, seed=1):
-    """Few distinct tokens, so that equal tokens and ties are everywhere."""
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(1, vocab, (prompt + steps,), generator=generator).tolist() for prompt in prompts]
-
-
-def sets_equal(evict_at, held):
-    """(equal, compared) kept sets over rows, events, layers and heads."""
-    equal = compared = 0
-    for row, events in enumerate(held):
-        for seen, layers in events.items():
-            for layer, positions in enumerate(layers):
-                for ours, theirs in zip(held_at(evict_at[layer], row, seen), positions.tolist(), strict=True):
-                    equal, compared = equal + (ours == theirs), compared + 1
-    return equal, compared
 
 
 @pytest.mark.parametrize("kv_heads", [2, 4], ids=["gqa", "mha"])
@@ -57,19 +40,6 @@ def test_simulation_equals_decoding(policy, protect_prompt, kv_heads):
             assert final == cache.positions(layer, row).tolist()
             assert (evict_at[layer][row, :, len(tokens) :] == 0).all()
         assert evict_at[layer].max() == width + 1
-
-
-@pytest.mark.parametrize("family", ["qwen2", "llama"])
-@pytest.mark.parametrize("policy", ["vase_attnv", "vase_dkv"])
-def test_other_families(family, policy):
-    model = tiny_model(family)
-    config = EvictionConfig(policy=policy, budget=24, window=8, sinks=2)
-    rows = rows_of([7, 30], steps=50)
-    simulated, evict_at = simulate(model, config, rows, [7, 30], [0, 1])
-    decoded, held, _ = decode(model, config, rows, [7, 30], [0, 1])
-    assert max((a - b).abs().max() for a, b in zip(simulated, decoded, strict=True)) < 1e-9
-    equal, compared = sets_equal(evict_at, held)
-    assert equal == compared > 40
 
 
 def test_equal_tokens_only():
@@ -192,8 +162,8 @@ def test_rows_are_independent(policy):
             assert torch.equal(wide, alone_at[layer][0])
         assert held[place].keys() == alone_held[0].keys()
         for seen in held[place]:
-            for ours, theirs in zip(held[place][seen], alone_held[0][seen], strict=True):
-                assert torch.equal(ours, theirs)
+            for layer, positions in held[place][seen].items():
+                assert torch.equal(positions, alone_held[0][seen][layer])
 
 
 def test_generation_equals_teacher_forcing_and_is_row_independent():

@@ -1,6 +1,7 @@
 """Selection: protection, sampling without replacement, ties; and the scores, against slow loops."""
 
 import warnings
+from dataclasses import replace
 from itertools import permutations
 
 import pytest
@@ -15,6 +16,8 @@ from vkvtrain.policies import POLICIES, Candidates, value_range
 from vkvtrain.policies.base import Policy, window_attention
 from vkvtrain.selection import Selector, ranks, round_mantissa, top
 
+PER_ROW = ("positions", "queries", "keys", "values", "window_keys", "mass")
+
 
 def candidates(count, rows=1, heads=2, kv_heads=1, window=4, dim=8, seed=0, dtype=torch.float32, first=0, streams=None):
     generator = torch.Generator().manual_seed(seed)
@@ -26,6 +29,8 @@ def candidates(count, rows=1, heads=2, kv_heads=1, window=4, dim=8, seed=0, dtyp
         values=torch.randn(rows, kv_heads, count, dim, generator=generator, dtype=dtype),
         scaling=0.5,
         noise=NoiseSource((keys[:, 0], keys[:, 1]), torch.zeros(rows, dtype=torch.int64), 0),
+        window_keys=torch.randn(rows, kv_heads, window, dim, generator=generator, dtype=dtype),
+        mass=torch.rand(rows, kv_heads, count, generator=generator, dtype=dtype),
     )
 
 
@@ -33,7 +38,7 @@ def with_ranges(found, ranges):
     """The same candidates with these value ranges."""
     values = torch.zeros_like(found.values)
     values[..., 0] = torch.as_tensor(ranges, dtype=values.dtype)
-    return Candidates(found.positions, found.queries, found.keys, values, found.scaling, found.noise)
+    return replace(found, values=values)
 
 
 def select(config, found, prompts=None):
@@ -195,9 +200,9 @@ def test_any_selection(window, times, extra, sinks, seed, fraction, protect, nam
         assert (kept[..., :sinks] == torch.arange(sinks)).all()
         for row in range(3):
             one = slice(row, row + 1)
-            alone = Candidates(
-                found.positions[one], found.queries[one], found.keys[one], found.values[one], found.scaling,
-                NoiseSource((found.noise.key[0][one], found.noise.key[1][one]), found.noise.event[one], 0),
+            alone = replace(
+                found, **{field: getattr(found, field)[one] for field in PER_ROW},
+                noise=NoiseSource((found.noise.key[0][one], found.noise.key[1][one]), found.noise.event[one], 0),
             )  # fmt: skip
             assert torch.equal(select(config, alone, prompts[row : row + 1])[0], kept[row])
 

@@ -8,11 +8,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from passes import held_at, right_padded, simulate, tiny_model
 from peft import LoraConfig, get_peft_model
-from transformers import DeepseekV3Config, MistralConfig, Qwen2Config, Qwen3Config, Qwen3NextConfig
+from transformers import (
+    DeepseekV3Config,
+    Gemma3nTextConfig,
+    Llama4TextConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3NextConfig,
+    T5Config,
+)
 
 from vkvtrain import EvictionCache, EvictionConfig, simulated_eviction
 from vkvtrain.events import schedule
-from vkvtrain.support import evicting_layers
+from vkvtrain.support import LayerKind, layer_kinds
 
 CONFIG = EvictionConfig(policy="vase_attnv", budget=16, window=4, sinks=2)
 ROWS = [[5 + i % 7 for i in range(48)], [9 + i % 5 for i in range(31)]]
@@ -272,21 +281,25 @@ def test_a_stock_cache_inside_the_block():
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (MistralConfig(num_hidden_layers=4, sliding_window=64), "mistral.*sliding_attention"),
-        (
-            Qwen2Config(num_hidden_layers=4, use_sliding_window=True, sliding_window=64, max_window_layers=2),
-            "layers 2, 3 are sliding_attention",
-        ),
-        (Qwen3NextConfig(num_hidden_layers=4), "linear_attention"),
+        (MistralConfig(num_hidden_layers=4, sliding_window=64), "mistral: every layer has a sliding window of 64"),
+        (Qwen3NextConfig(num_hidden_layers=4), r"layers 0, 1, 2 are linear_attention \(a linear layer keeps a state"),
+        (Llama4TextConfig(num_hidden_layers=4), r"layers 0, 1, 2 are chunked_attention \(chunks forget"),
+        (Gemma3nTextConfig(num_hidden_layers=4, num_kv_shared_layers=2), "2 layers share another layer's cache"),
+        (T5Config(), "t5 is an encoder-decoder"),
         (DeepseekV3Config(num_hidden_layers=2), "latent attention"),
     ],
 )
 def test_layers_that_cannot_evict_are_named(config, message):
     with pytest.raises(ValueError, match=message):
-        evicting_layers(config, CONFIG)
+        layer_kinds(config, CONFIG)
 
 
 def test_layers_that_can_evict():
     skipping = CONFIG.model_copy(update={"skip_layers": (1,)})
-    assert evicting_layers(Qwen3Config(num_hidden_layers=3), skipping) == [True, False, True]
-    assert evicting_layers(Qwen3Config(num_hidden_layers=2), EvictionConfig(policy="full")) == [False, False]
+    assert [kind.evicts for kind in layer_kinds(Qwen3Config(num_hidden_layers=3), skipping)] == [True, False, True]
+    full = EvictionConfig(policy="full")
+    assert [kind.evicts for kind in layer_kinds(Qwen3Config(num_hidden_layers=2), full)] == [False, False]
+    mixed = Qwen2Config(num_hidden_layers=4, use_sliding_window=True, sliding_window=64, max_window_layers=2)
+    assert layer_kinds(mixed, CONFIG) == [LayerKind(True), LayerKind(True), LayerKind(False, 64), LayerKind(False, 64)]
+    sliding = layer_kinds(MistralConfig(num_hidden_layers=1, sliding_window=64), full)
+    assert sliding == [LayerKind(False, 64)]

@@ -10,15 +10,15 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicSlidingWindowLayer
 
 from vkvtrain.config import EvictionConfig
 from vkvtrain.events import is_due
+from vkvtrain.logits import LogitForm, attend, attention_mass
 from vkvtrain.noise import NoiseSource, Stream, stream_key
 from vkvtrain.policies import Candidates
 from vkvtrain.selection import Selector
-from vkvtrain.support import check_attention, evicting_layers
+from vkvtrain.support import LayerKind, check_attention, layer_kinds
 
 _LAYER = "_vkvtrain_cache_layer"
 _GROWTH = 256
@@ -101,7 +101,7 @@ class EvictionLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forget the sequences."""
-        self.keys = self.values = self.entry_positions = self.queries = None
+        self.keys = self.values = self.entry_positions = self.queries = self.mass = None
         self.is_initialized = False
         self.columns = 0
         self.prompts: list[int] = []
@@ -168,24 +168,21 @@ class EvictionLayer(CacheLayerMixin):
 
     # What the attention function asks of a layer
 
-    def attend(
-        self, module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
-        scaling: float, dropout: float,
-    ) -> Tensor:  # fmt: skip
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, form: LogitForm) -> Tensor:
         """Attention output [rows, q, Hq, D] of the tokens just given to `update`; then the events that are due.
 
         Args:
-            module: the attention module.
             query: [rows, Hq, q, D].
             key, value: what `update` returned, [rows, Hkv, entries, D].
             mask: of the new tokens among themselves, bool [rows, 1, q, q], or None without padding.
+            form: scaling, soft cap and sinks of the attention.
         """
         new = query.shape[2]
         self.shared.awaiting = None
         if not self.is_initialized:
-            out, _ = sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scaling)
-            self._take_prompt(query, key, value, mask)
-            return out
+            out = attend(query, key, value, form, mask, is_causal=mask is None)
+            self._take_prompt(query, key, value, mask, form)
+            return out.transpose(1, 2)
         if mask is not None and not bool(mask[:, 0, -1, -new:].all()):
             raise ValueError("padding among tokens that continue a sequence: continue rows with equally many tokens")
         entries = key.shape[2]
@@ -196,18 +193,18 @@ class EvictionLayer(CacheLayerMixin):
             slots = torch.arange(entries, device=key.device)
             last = self.shared.index(before, key.device)[:, None, None, None]
             visible = slots <= last + torch.arange(new, device=key.device)[:, None]
-        out, _ = sdpa_attention_forward(
-            module, query, key, value, visible, dropout=dropout, scaling=scaling, is_causal=False
-        )
+        out = attend(query, key, value, form, visible)
+        if new > 1:
+            self._add_mass_of_chunk(query, [new] * len(self.live), form)
         self._remember(query, [0] * len(self.live))
         if new == 1:
             self.decoded = True
-            self._evict(scaling)
-        return out
+            self._evict(form)
+        return out.transpose(1, 2)
 
     # Storage
 
-    def _take_prompt(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> None:
+    def _take_prompt(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, form: LogitForm) -> None:
         rows, heads, width, _ = key.shape
         device = key.device
         lengths = self.shared.row_lengths(mask, rows, width)
@@ -226,8 +223,11 @@ class EvictionLayer(CacheLayerMixin):
         for row, length in enumerate(lengths):
             self.keys[row, :, :length] = key[row, :, width - length :]
             self.values[row, :, :length] = value[row, :, width - length :]
-        if self.selector is not None and self.selector.needs_queries:
+        if self.selector is not None and (self.selector.needs_queries or self.selector.needs_mass):
             self.queries = query.new_zeros(rows, query.shape[1], config.window, query.shape[-1])
+            if self.selector.needs_mass:
+                self.mass = key.new_zeros(rows, heads, capacity, dtype=score_dtype(key.dtype))
+                self._add_mass_of_chunk(query, lengths, form)
             self._remember(query, [width - length for length in lengths])
         self.is_initialized = True
 
@@ -254,8 +254,10 @@ class EvictionLayer(CacheLayerMixin):
 
     def _resize(self, capacity: int) -> None:
         held = min(capacity, max(self.live))
-        for name in ("keys", "values", "entry_positions"):
+        for name in ("keys", "values", "entry_positions", "mass"):
             old = getattr(self, name)
+            if old is None:
+                continue
             fresh = old.new_zeros(*old.shape[:2], capacity, *old.shape[3:])
             fresh[:, :, :held] = old[:, :, :held]
             setattr(self, name, fresh)
@@ -271,22 +273,70 @@ class EvictionLayer(CacheLayerMixin):
             place = (self.shared.index([self.seen[r] for r in rows], query.device)[:, None] + newest) % window
             self.queries[row, :, place] = query[row, :, width + newest].to(self.queries.dtype)
 
+    def _window_queries(self, rows: Sequence[int]) -> Tensor:
+        """The newest `window` queries of some rows in chronological order, [N, Hq, R, D], in the scores' dtype."""
+        assert self.queries is not None
+        window, device = self.queries.shape[2], self.queries.device
+        order = [[(self.seen[r] + i) % window for i in range(window)] for r in rows]
+        places = torch.stack([self.shared.index(places, device) for places in order])
+        queries = self.queries[self.shared.index(rows, device)[:, None], :, places].transpose(1, 2)
+        return queries.to(score_dtype(queries.dtype)).contiguous()
+
+    # Accumulated attention, in blocks of `window` entries: the queries of a block are in the ring when it is full
+
+    def _add_mass(self, rows: list[int], live: int, form: LogitForm) -> None:
+        """Add what the newest block's queries attend to, in rows that all hold `live` entries."""
+        assert self.mass is not None
+        assert self.keys is not None
+        row = self.shared.index(rows, self.keys.device)
+        self.mass[row, :, :live] += attention_mass(
+            self._window_queries(rows), self.keys[row, :, :live].to(self.mass.dtype), form
+        )
+
+    def _add_mass_of_chunk(self, query: Tensor, lengths: Sequence[int], form: LogitForm) -> None:
+        """The same for all blocks that end in a prompt or a chunk; call before `_remember` and after storing it.
+
+        Args:
+            query: [rows, Hq, q, D], padding on the left.
+            lengths: tokens of the chunk in each row, padding excluded.
+        """
+        if self.mass is None:
+            return
+        assert self.keys is not None
+        window, dtype = self.shared.config.window, self.mass.dtype
+        for row, (length, live) in enumerate(zip(lengths, self.live, strict=True)):
+            pending = (live - length) % window
+            queries = query[row, :, query.shape[2] - length :].to(dtype)
+            if pending:
+                self.seen[row] -= length  # the ring still ends before the chunk
+                queries = torch.cat([self._window_queries([row])[0, :, window - pending :], queries], dim=1)
+                self.seen[row] += length
+            start = live - length - pending
+            for end in range(start + window, live + 1, window):
+                block = queries[:, end - window - start : end - start]
+                keys = self.keys[row, :, :end].to(dtype)
+                self.mass[row, :, :end] += attention_mass(block[None], keys[None], form)[0]
+
     # Eviction
 
-    def _evict(self, scaling: float) -> None:
+    def _evict(self, form: LogitForm) -> None:
         if self.selector is None:
             return
         config = self.shared.config
         assert config.budget is not None
+        if self.mass is not None:
+            for live, rows in _group([0 if live % config.window else live for live in self.live]).items():
+                if live:
+                    self._add_mass(rows, live, form)
         due = [live if is_due(live, config.budget, config.window) else 0 for live in self.live]
         for live, rows in _group(due).items():
             if live:
-                self._evict_rows(rows, live, scaling)
+                self._evict_rows(rows, live, form)
         limit = config.budget + config.window
         if any(due) and max(self.live) <= limit and self.keys is not None and self.keys.shape[2] > limit:
             self._resize(limit)  # a prompt longer than the budget needed more
 
-    def _evict_rows(self, rows: list[int], live: int, scaling: float) -> None:
+    def _evict_rows(self, rows: list[int], live: int, form: LogitForm) -> None:
         """One event in rows that all hold `live` entries."""
         selector, config = self.selector, self.shared.config
         assert selector is not None
@@ -297,23 +347,21 @@ class EvictionLayer(CacheLayerMixin):
         row = self.shared.index(rows, device)
         count = live - config.window
         dtype = score_dtype(self.keys.dtype)
-        queries = None
-        if self.queries is not None:
-            order = [[(self.seen[r] + i) % config.window for i in range(config.window)] for r in rows]
-            places = torch.stack([self.shared.index(places, device) for places in order])
-            queries = self.queries[row[:, None], :, places].transpose(1, 2).to(dtype).contiguous()
         positions = self.entry_positions[row, :, :live]
         candidates = Candidates(
             positions=positions[:, :, :count],
-            queries=queries,
+            queries=self._window_queries(rows) if selector.needs_queries else None,
             keys=self.keys[row, :, :count].to(dtype) if selector.needs_keys else None,
             values=self.values[row, :, :count].to(dtype) if selector.needs_values else None,
-            scaling=scaling,
+            scaling=form.scaling,
             noise=NoiseSource(
                 (self.philox[row, 0], self.philox[row, 1]),
                 self.shared.index([self.events[r] for r in rows], device),
                 self.index,
             ),
+            window_keys=self.keys[row, :, count:live].to(dtype) if selector.needs_window_keys else None,
+            mass=None if self.mass is None else self.mass[row, :, :count],
+            softcap=form.softcap,
         )
         kept = selector(candidates, [self.prompts[r] for r in rows])
         newest = torch.arange(count, live, device=device).expand(*kept.shape[:2], -1)
@@ -323,6 +371,10 @@ class EvictionLayer(CacheLayerMixin):
         for storage in (self.keys, self.values):
             index = slots[..., None].expand(*slots.shape, storage.shape[-1])
             storage[row, :, :budget] = storage[row, :, :live].gather(2, index)
+        if self.mass is not None:
+            mass = self.mass[row, :, :live].gather(-1, slots)
+            self.mass[row] = 0  # what is appended starts at nothing
+            self.mass[row, :, :budget] = mass
         for r in rows:
             self.live[r] = budget
             self.events[r] += 1
@@ -355,10 +407,15 @@ class EvictionCache(Cache):
 
     def __init__(self, config: EvictionConfig, model_config: Any, streams: Sequence[Stream] | None = None) -> None:
         check_attention(model_config.get_text_config(decoder=True), "EvictionCache")
-        evicts = evicting_layers(model_config, config)
+        self.kinds = layer_kinds(model_config, config)
         self._shared = _Shared(config, _checked_streams(config, streams))
-        super().__init__(layers=[EvictionLayer(self._shared, index, e) for index, e in enumerate(evicts)])
+        super().__init__(layers=[self._make_layer(index, kind) for index, kind in enumerate(self.kinds)])
         self.config = config
+
+    def _make_layer(self, index: int, kind: LayerKind) -> CacheLayerMixin:
+        if kind.sliding_window is not None:
+            return DynamicSlidingWindowLayer(kind.sliding_window)
+        return EvictionLayer(self._shared, index, kind.evicts)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -369,29 +426,40 @@ class EvictionCache(Cache):
                 f"layer {awaiting} was given tokens but its attention did not go through vkvtrain: call "
                 'model.set_attn_implementation("vkvtrain"), then cache.reset()'
             )
-        self._shared.awaiting = layer_idx
+        if self.kinds[layer_idx].sliding_window is None:
+            self._shared.awaiting = layer_idx
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def positions(self, layer: int, row: int) -> Tensor:
-        """Logical positions that a layer holds of a row, int64 [Hkv, n], ascending."""
-        held = self._layer(layer)
+        """Logical positions that a layer holds of a row, int64 [Hkv, n], ascending.
+
+        Raises:
+            ValueError: an empty cache, or a layer with a sliding window of its own.
+        """
+        held = self.layers[layer]
+        if not isinstance(held, EvictionLayer):
+            raise ValueError(f"layer {layer} keeps its own sliding window and evicts nothing: ask for another layer")
         if held.entry_positions is None:
             raise ValueError("the cache is empty: pass it to generate or to the model first")
         return held.entry_positions[row, :, : held.live[row]].clone()
 
     def stats(self) -> list[dict[str, int]]:
-        """Of each row: evictions, entries held and most ever held per KV head of an evicting layer, and their bytes."""
-        layers = [self._layer(index) for index in range(len(self.layers))]
+        """Of each row: evictions, entries held and most ever held per KV head of an evicting layer, and their bytes.
+
+        Bytes are of all layers, each row's own tokens alone; sliding-window layers count what their window holds.
+        """
+        layers = self._eviction_layers()
         first = next((layer for layer in layers if layer.selector is not None), layers[0])
         rows = []
         for row in range(len(first.live)):
+            sliding = self._sliding_bytes(first.seen[row])
             rows.append(
                 {
                     "evictions": first.events[row],
                     "live_entries": first.live[row],
                     "peak_entries": first.peak[row],
-                    "bytes": sum(layer.live[row] * _entry_bytes(layer) for layer in layers),
-                    "peak_bytes": sum(layer.peak[row] * _entry_bytes(layer) for layer in layers),
+                    "bytes": sliding + sum(layer.live[row] * _entry_bytes(layer) for layer in layers),
+                    "peak_bytes": sliding + sum(layer.peak[row] * _entry_bytes(layer) for layer in layers),
                 }
             )
         return rows
@@ -399,26 +467,39 @@ class EvictionCache(Cache):
     @property
     def allocated_bytes(self) -> int:
         """Bytes of key and value storage, all rows and layers."""
-        layers = [self._layer(index) for index in range(len(self.layers))]
+        layers = [*self._eviction_layers(), *self._sliding_layers()]
         return sum(t.nbytes for layer in layers for t in (layer.keys, layer.values) if t is not None)
 
     def reset(self, streams: Sequence[Stream] | None = None) -> None:
         """Forget the sequences; `streams` names the next ones (default: the same as before)."""
-        super().reset()
+        for index, kind in enumerate(self.kinds):
+            if kind.sliding_window is not None:
+                self.layers[index] = self._make_layer(index, kind)  # its own reset leaves zeros behind
+        for layer in self._eviction_layers():
+            layer.reset()
         self._shared.awaiting = None
         if streams is not None:
             self._shared.streams = _checked_streams(self.config, streams)
 
+    def crop(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise ValueError("EvictionCache cannot be cropped: evicted entries are gone (assisted decoding needs cropping)")
+
     def activate_past_recording(self) -> NoReturn:
         raise ValueError("assisted decoding does not work with EvictionCache: generate without an assistant")
 
-    def _layer(self, index: int) -> EvictionLayer:
-        layer = self.layers[index]
-        assert isinstance(layer, EvictionLayer)
-        return layer
+    def _eviction_layers(self) -> list[EvictionLayer]:
+        return [layer for layer in self.layers if isinstance(layer, EvictionLayer)]
+
+    def _sliding_layers(self) -> list[DynamicSlidingWindowLayer]:
+        return [layer for layer in self.layers if isinstance(layer, DynamicSlidingWindowLayer)]
+
+    def _sliding_bytes(self, seen: int) -> int:
+        """Bytes of a row of `seen` tokens in the layers that keep their own window."""
+        layers = [layer for layer in self._sliding_layers() if layer.is_initialized]
+        return sum(min(seen, layer.sliding_window - 1) * _entry_bytes(layer) for layer in layers)
 
 
-def _entry_bytes(layer: EvictionLayer) -> int:
+def _entry_bytes(layer: CacheLayerMixin) -> int:
     """Bytes of one token's entries in a layer, all KV heads."""
     assert layer.keys is not None
     assert layer.values is not None

@@ -47,6 +47,43 @@ def normalise_chunks(prompt: int | Chunks, length: int | None = None) -> list[tu
     return chunks
 
 
+@dataclass(frozen=True)
+class Block:
+    """`window` new entries, after which a policy that accumulates attention adds up what their queries attended to."""
+
+    end: int
+    """Tokens seen at its end."""
+    live: int
+    """Entries held at its end, a multiple of the window."""
+    event: Event | None
+    """The event that follows it, if one is due."""
+
+
+def blocks(prompt: int | Chunks, length: int, budget: int, window: int) -> list[Block]:
+    """A sequence of `length` tokens as blocks of `window` entries; what is left at its end is no block.
+
+    Args:
+        prompt: prompt length, or the chunks that are appended without eviction.
+        length: tokens that the cache has seen.
+        budget: entries kept after an event.
+        window: newest entries, and the number of tokens between two events.
+    """
+    found: list[Block] = []
+    live = position = events = 0
+    for start, end in [*normalise_chunks(prompt, length), (length, length)]:
+        for stop, decodes in ((start, True), (end, False)):
+            while position < stop:
+                step = min(window - live % window, stop - position)
+                live, position = live + step, position + step
+                if live % window:
+                    continue
+                due = decodes and is_due(live, budget, window)
+                found.append(Block(position, live, Event(events, position - 1, live) if due else None))
+                if due:
+                    live, events = budget, events + 1
+    return found
+
+
 def schedule(prompt: int | Chunks, length: int, budget: int, window: int) -> list[Event]:
     """Every event of a sequence of `length` tokens.
 
@@ -56,17 +93,7 @@ def schedule(prompt: int | Chunks, length: int, budget: int, window: int) -> lis
         budget: entries kept after an event.
         window: newest entries, and the number of tokens between two events.
     """
-    events: list[Event] = []
-    live = position = 0
-    for start, end in [*normalise_chunks(prompt, length), (length, length)]:
-        while position < start:  # decode tokens, one at a time; jump to the next one that can be due
-            step = min(window - live % window, start - position)
-            live, position = live + step, position + step
-            if is_due(live, budget, window):
-                events.append(Event(len(events), position - 1, live))
-                live = budget
-        live, position = live + end - start, end
-    return events
+    return [block.event for block in blocks(prompt, length, budget, window) if block.event is not None]
 
 
 def evictions_by(prompt_length: int | Chunks, length: int, budget: int, window: int) -> int:

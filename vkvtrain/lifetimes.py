@@ -13,7 +13,8 @@ from torch import Tensor
 
 from vkvtrain.cache import score_dtype
 from vkvtrain.config import EvictionConfig
-from vkvtrain.events import Chunks, Event, normalise_chunks, schedule
+from vkvtrain.events import Block, Chunks, Event, blocks, normalise_chunks
+from vkvtrain.logits import LogitForm, attention_mass
 from vkvtrain.noise import NoiseSource, Stream, stream_key
 from vkvtrain.policies import Candidates
 from vkvtrain.selection import Selector
@@ -21,12 +22,16 @@ from vkvtrain.selection import Selector
 
 @dataclass(frozen=True)
 class Row:
-    """One right-padded sequence: its length, first prompt, events and Philox key."""
+    """One right-padded sequence: its length, first prompt, blocks of `window` entries and Philox key."""
 
     length: int
     prompt: int
-    events: list[Event]
+    blocks: list[Block]
     key: tuple[int, int]
+
+    @property
+    def events(self) -> list[Event]:
+        return [block.event for block in self.blocks if block.event is not None]
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,11 @@ class Plan:
 
     def without_events(self) -> "Plan":
         """The same batch for a layer that keeps everything."""
-        return replace(self, rows=[replace(row, events=[]) for row in self.rows])
+        return replace(self, rows=[replace(row, blocks=[]) for row in self.rows])
+
+    def on(self, device: torch.device) -> "Plan":
+        """The same batch on another device."""
+        return replace(self, device=device, _index={})
 
     @property
     def lengths(self) -> Tensor:
@@ -78,11 +87,11 @@ def make_plan(
     rows = []
     for prompt, stream, length in zip(prompts, streams, lengths, strict=True):
         chunks = normalise_chunks(prompt, length)
-        events = []
+        found = []
         if config.evicts:
             assert config.budget is not None
-            events = schedule(chunks, length, config.budget, config.window)
-        rows.append(Row(length, chunks[0][1], events, stream_key(config.seed, stream)))
+            found = blocks(chunks, length, config.budget, config.window)
+        rows.append(Row(length, chunks[0][1], found, stream_key(config.seed, stream)))
     return Plan(rows, width, config.budget or 0, config.window, device)
 
 
@@ -94,7 +103,7 @@ def never_evicted(plan: Plan, kv_heads: int) -> Tensor:
 
 @torch.no_grad()
 def lifetimes(
-    query: Tensor, key: Tensor, value: Tensor, plan: Plan, selector: Selector, layer: int, scaling: float
+    query: Tensor, key: Tensor, value: Tensor, plan: Plan, selector: Selector, layer: int, form: LogitForm
 ) -> Tensor:
     """`evict_at`, int64 [B, Hkv, S].
 
@@ -104,46 +113,109 @@ def lifetimes(
         plan: the batch's rows and events.
         selector: chooses what survives.
         layer: index of the layer, for the noise.
-        scaling: factor of the attention logits.
+        form: scaling, soft cap and sinks of the attention.
     """
-    heads, budget, window, dtype = key.shape[1], plan.budget, plan.window, score_dtype(key.dtype)
-    kv_head = torch.arange(heads, device=key.device)[None, :, None]
-    q_head = torch.arange(query.shape[1], device=key.device)[None, :, None]
-    offsets = torch.arange(window, device=key.device)
-    evict_at = never_evicted(plan, heads)
-    held = evict_at.new_zeros(len(plan.rows), heads, budget)  # positions that each row holds after its last event
+    walk = _Walk(query, key, value, plan, selector, layer, form)
+    stops = [[block for block in row.blocks if selector.needs_mass or block.event is not None] for row in plan.rows]
+    for number in range(max(map(len, stops), default=0)):
+        groups: dict[tuple[int, bool], list[int]] = {}
+        for index, row in enumerate(stops):
+            if number < len(row):
+                groups.setdefault((row[number].live, row[number].event is not None), []).append(index)
+        for indices in groups.values():
+            walk.stop(indices, [stops[index][number] for index in indices])
+    return walk.evict_at
 
-    for number in range(max((len(row.events) for row in plan.rows), default=0)):
-        groups: dict[int, list[int]] = {}
-        for index, row in enumerate(plan.rows):
-            if number < len(row.events):
-                groups.setdefault(row.events[number].live, []).append(index)
-        for live, indices in groups.items():
-            rows = plan.index(indices)
-            at = plan.index([plan.rows[i].events[number].position for i in indices])
-            count = live - window
-            if number == 0:
-                positions = torch.arange(live, device=key.device).expand(len(indices), heads, -1)
+
+class _Walk:
+    """One layer's events, in order, over rows that may be at different events."""
+
+    def __init__(
+        self, query: Tensor, key: Tensor, value: Tensor, plan: Plan, selector: Selector, layer: int, form: LogitForm
+    ) -> None:
+        self.query, self.key, self.value = query, key, value
+        self.plan, self.selector, self.layer, self.form = plan, selector, layer, form
+        self.dtype = score_dtype(key.dtype)
+        rows, heads, width, _ = key.shape
+        self.kv_head = torch.arange(heads, device=key.device)[None, :, None]
+        self.q_head = torch.arange(query.shape[1], device=key.device)[None, :, None]
+        self.evict_at = never_evicted(plan, heads)
+        self.held = self.evict_at.new_zeros(rows, heads, plan.budget)
+        """Positions that each row holds after its last event."""
+        self.evicted = [False] * rows
+        self.mass = key.new_zeros(rows, heads, width if selector.needs_mass else 0, dtype=self.dtype)
+        """Accumulated attention of each entry held, by slot."""
+
+    def stop(self, indices: list[int], reached: list[Block]) -> None:
+        """Rows that hold equally many entries at the end of a block: accumulate attention, and evict if it is due."""
+        plan, selector, window = self.plan, self.selector, self.plan.window
+        live = reached[0].live
+        rows = plan.index(indices)
+        end = plan.index([block.end for block in reached])
+        positions = self._positions(indices, rows, end, live)
+        row = rows[:, None, None]
+        queries = None
+        if selector.needs_queries or selector.needs_mass:
+            newest = torch.arange(-window, 0, device=self.key.device)
+            queries = self.query[row, self.q_head, (end[:, None] + newest)[:, None]].to(self.dtype)
+        if selector.needs_mass:
+            assert queries is not None
+            keys = self.key[row, self.kv_head, positions].to(self.dtype)
+            self.mass[rows, :, :live] += attention_mass(queries, keys, self.form)
+        events = [block.event for block in reached if block.event is not None]
+        if events:
+            self._evict(indices, rows, end, positions, queries, [event.index for event in events])
+
+    def _positions(self, indices: list[int], rows: Tensor, end: Tensor, live: int) -> Tensor:
+        """Positions held, chronological, [N, Hkv, live]: what the last event kept, and all tokens since."""
+        heads = self.key.shape[1]
+        parts = []
+        for is_later in (False, True):
+            members = [place for place, index in enumerate(indices) if self.evicted[index] == is_later]
+            if not members:
+                continue
+            if not is_later:
+                found = torch.arange(live, device=self.key.device).expand(len(members), heads, -1)
             else:
-                fresh = torch.arange(budget - live + 1, 1, device=key.device) + at[:, None]
-                positions = torch.cat([held[rows], fresh[:, None].expand(-1, heads, -1)], dim=-1)
-            considered = positions[:, :, :count]
-            row = rows[:, None, None]
-            queries = None
-            if selector.needs_queries:
-                queries = query[row, q_head, (at[:, None] - (window - 1) + offsets)[:, None]].to(dtype)
-            philox = [plan.index([plan.rows[i].key[word] for i in indices]) for word in (0, 1)]
-            candidates = Candidates(
-                positions=considered,
-                queries=queries,
-                keys=key[row, kv_head, considered].to(dtype) if selector.needs_keys else None,
-                values=value[row, kv_head, considered].to(dtype) if selector.needs_values else None,
-                scaling=scaling,
-                noise=NoiseSource((philox[0], philox[1]), torch.full_like(rows, number), layer),
-            )
-            slots = selector(candidates, [plan.rows[i].prompt for i in indices])
-            kept = considered.gather(-1, slots)
-            evict_at[row, kv_head, considered] = (at + 1)[:, None, None].expand_as(considered)
-            evict_at[row, kv_head, kept] = plan.width + 1
-            held[rows] = torch.cat([kept, positions[:, :, count:]], dim=-1)
-    return evict_at
+                place = self.plan.index(members)
+                fresh = torch.arange(self.plan.budget - live, 0, device=self.key.device) + end[place][:, None]
+                found = torch.cat([self.held[rows[place]], fresh[:, None].expand(-1, heads, -1)], dim=-1)
+            parts.append((members, found))
+        if len(parts) == 1:
+            return parts[0][1]
+        order = self.plan.index([place for members, _ in parts for place in members])
+        return torch.cat([found for _, found in parts])[order.argsort()]
+
+    def _evict(
+        self, indices: list[int], rows: Tensor, end: Tensor, positions: Tensor, queries: Tensor | None,
+        events: list[int],
+    ) -> None:  # fmt: skip
+        plan, selector, count = self.plan, self.selector, positions.shape[-1] - self.plan.window
+        row, considered = rows[:, None, None], positions[:, :, :count]
+        philox = [plan.index([plan.rows[i].key[word] for i in indices]) for word in (0, 1)]
+
+        def entries(source: Tensor, wanted: Tensor) -> Tensor:
+            return source[row, self.kv_head, wanted].to(self.dtype)
+
+        candidates = Candidates(
+            positions=considered,
+            queries=queries if selector.needs_queries else None,
+            keys=entries(self.key, considered) if selector.needs_keys else None,
+            values=entries(self.value, considered) if selector.needs_values else None,
+            scaling=self.form.scaling,
+            noise=NoiseSource((philox[0], philox[1]), plan.index(events), self.layer),
+            window_keys=entries(self.key, positions[:, :, count:]) if selector.needs_window_keys else None,
+            mass=self.mass[rows, :, :count] if selector.needs_mass else None,
+            softcap=self.form.softcap,
+        )
+        slots = selector(candidates, [plan.rows[i].prompt for i in indices])
+        kept = considered.gather(-1, slots)
+        self.evict_at[row, self.kv_head, considered] = end[:, None, None].expand_as(considered)
+        self.evict_at[row, self.kv_head, kept] = plan.width + 1
+        self.held[rows] = torch.cat([kept, positions[:, :, count:]], dim=-1)
+        if selector.needs_mass:
+            mass = self.mass[rows, :, : positions.shape[-1]]
+            self.mass[rows] = 0
+            self.mass[rows, :, : plan.budget] = torch.cat([mass.gather(-1, slots), mass[:, :, count:]], dim=-1)
+        for index in indices:
+            self.evicted[index] = True

@@ -55,8 +55,10 @@ class Selector:
         fraction = config.protected_fraction
         fraction = self.policy.protected_fraction if fraction is None else fraction
         self.large = max(0, math.floor(fraction * config.budget) - config.sinks)
+        self.needs_mass = self.policy.needs_mass
         self.needs_queries = self.policy.needs_queries
         self.needs_keys = self.policy.needs_keys
+        self.needs_window_keys = self.policy.needs_window_keys
         self.needs_values = self.policy.needs_values or self.large > 0
         self._warned = False
 

@@ -5,18 +5,19 @@ layer from the key tensor that its `update` returned: an attribute on that tenso
 through wrappers, and cannot outlive the call.
 """
 
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import causal_mask_function, sdpa_mask
+from transformers.masking_utils import causal_mask_function, sdpa_mask, sliding_window_overlay
 
 from vkvtrain.attention.simulation import simulation_of, simulation_of_config
 from vkvtrain.cache import layer_of
+from vkvtrain.logits import LogitForm, attend
 from vkvtrain.support import ATTENTION
-
-_UNSUPPORTED = ("softcap", "s_aux", "sliding_window", "position_bias")
 
 
 def attention_forward(
@@ -38,32 +39,40 @@ def attention_forward(
         attention_mask: bool [B, 1, Q, K] or None; [B, S] in a simulation.
         dropout: attention dropout; must be 0 in a simulation.
         scaling: factor of the logits, default D ** -0.5.
+        kwargs: by model `softcap` (Gemma 2), `s_aux` (gpt-oss's sinks), `sliding_window`, `is_causal`.
 
     Returns:
         ([B, Q, Hq, D], None).
     """
     simulation, layer = simulation_of(module), layer_of(key)
-    if simulation is None and layer is None:
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-        )
-    for name in _UNSUPPORTED:
-        if kwargs.get(name) is not None:
-            raise ValueError(
-                f"{type(module).__name__} passes {name!r} to its attention, which eviction does not support"
-            )
     factor = query.shape[-1] ** -0.5 if scaling is None else scaling
+    form = LogitForm(factor, kwargs.get("softcap"), kwargs.get("s_aux"))
+    if simulation is None and layer is None:
+        if form.softcap is None and form.sinks is None:
+            return sdpa_attention_forward(
+                module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+            )
+        _refuse_dropout(dropout, "an attention with a soft cap or sinks")
+        is_causal = attention_mask is None and query.shape[2] > 1
+        return attend(query, key, value, form, attention_mask, is_causal).transpose(1, 2), None
+    if kwargs.get("position_bias") is not None:
+        raise ValueError(
+            f"{type(module).__name__} passes 'position_bias' to its attention, which eviction does not support"
+        )
     if simulation is not None and layer is not None:
         raise ValueError("simulated_eviction and EvictionCache exclude each other: use the cache outside the block")
     if layer is not None:
-        return layer.attend(module, query, key, value, attention_mask, factor, dropout), None
+        _refuse_dropout(dropout, "EvictionCache")
+        return layer.attend(query, key, value, attention_mask, form), None
     assert simulation is not None
-    if dropout:
-        raise ValueError(
-            f"attention dropout is {dropout} in a simulation: set attention_dropout=0 in the model's config"
-        )
+    _refuse_dropout(dropout, "a simulation")
     index: Any = module.layer_idx
-    return simulation.attend(index, query, key, value, attention_mask, factor), None
+    return simulation.attend(index, query, key, value, attention_mask, form), None
+
+
+def _refuse_dropout(dropout: float, where: str) -> None:
+    if dropout:
+        raise ValueError(f"attention dropout is {dropout} in {where}: set attention_dropout=0 in the model's config")
 
 
 def attention_mask(*args: Any, **kwargs: Any) -> Tensor | None:
@@ -75,12 +84,20 @@ def attention_mask(*args: Any, **kwargs: Any) -> Tensor | None:
     config = kwargs.get("config")
     if config is None or simulation_of_config(config) is None:
         return sdpa_mask(*args, **kwargs)
-    if kwargs.get("mask_function", causal_mask_function) is not causal_mask_function:
+    function = kwargs.get("mask_function", causal_mask_function)
+    if function is not causal_mask_function and not _is_sliding_window(function):
         raise ValueError(
             "simulated_eviction takes one right-padded sequence a row: packed sequences and custom mask patterns are "
             "not supported, pass a two-dimensional attention_mask"
         )
     return kwargs.get("attention_mask")
+
+
+def _is_sliding_window(function: Callable[..., Any]) -> bool:
+    """Whether a mask function is `sliding_window_causal_mask_function`'s and nothing more."""
+    parts = inspect.getclosurevars(function).nonlocals.get("mask_functions", ())
+    overlay = sliding_window_overlay(1).__qualname__
+    return len(parts) == 2 and parts[0].__qualname__ == overlay and parts[1] is causal_mask_function
 
 
 def register() -> None:

@@ -4,9 +4,10 @@ import torch
 from torch import Tensor
 
 from vkvtrain.lifetimes import Plan
+from vkvtrain.logits import LogitForm
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, evict_at: Tensor, plan: Plan, scaling: float) -> Tensor:
+def attend(query: Tensor, key: Tensor, value: Tensor, evict_at: Tensor, plan: Plan, form: LogitForm) -> Tensor:
     """Attention output [B, S, Hq, D] under the mask `j <= i < evict_at[b, h, j]`; zero at padding.
 
     Args:
@@ -14,14 +15,32 @@ def attend(query: Tensor, key: Tensor, value: Tensor, evict_at: Tensor, plan: Pl
         key, value: [B, Hkv, S, D].
         evict_at: [B, Hkv, S].
         plan: the batch's rows.
-        scaling: factor of the attention logits.
+        form: scaling, soft cap and sinks of the attention.
     """
-    group = query.shape[1] // key.shape[1]
     position = torch.arange(plan.width, device=key.device)
-    real = position < plan.lengths[:, None]
     seen = (position <= position[:, None]) & (position[:, None] < evict_at[:, :, None, :])
-    logits = torch.matmul(query, key.repeat_interleave(group, 1).transpose(-1, -2)) * scaling
-    weights = logits.masked_fill(~seen.repeat_interleave(group, 1), -torch.inf)
-    weights = torch.where(real[:, None, :, None], weights, 0.0).softmax(-1)
+    return _attend_masked(query, key, value, seen, plan, form)
+
+
+def attend_sliding(query: Tensor, key: Tensor, value: Tensor, window: int, plan: Plan, form: LogitForm) -> Tensor:
+    """Attention output [B, S, Hq, D] under the mask `i - window < j <= i`; arguments as for `attend`."""
+    position = torch.arange(plan.width, device=key.device)
+    seen = (position <= position[:, None]) & (position > position[:, None] - window)
+    return _attend_masked(query, key, value, seen.expand(*key.shape[:2], -1, -1), plan, form)
+
+
+def _attend_masked(query: Tensor, key: Tensor, value: Tensor, seen: Tensor, plan: Plan, form: LogitForm) -> Tensor:
+    """Under a mask [B, Hkv, S, S], head by head and with every logit at once."""
+    group = query.shape[1] // key.shape[1]
+    real = torch.arange(plan.width, device=key.device) < plan.lengths[:, None]
+    logits = torch.matmul(query, key.repeat_interleave(group, 1).transpose(-1, -2)) * form.scaling
+    if form.softcap is not None:
+        logits = torch.tanh(logits / form.softcap) * form.softcap
+    logits = logits.masked_fill(~seen.repeat_interleave(group, 1), -torch.inf)
+    logits = torch.where(real[:, None, :, None], logits, 0.0)
+    if form.sinks is not None:
+        sinks = form.sinks.to(logits.dtype)[None, :, None, None].expand(*logits.shape[:-1], 1)
+        logits = torch.cat([sinks, logits], dim=-1)
+    weights = logits.softmax(-1)[..., -plan.width :]
     out = torch.matmul(weights, value.repeat_interleave(group, 1)).transpose(1, 2)
     return torch.where(real[:, :, None, None], out, 0.0)

@@ -8,15 +8,16 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
 from vkvtrain.lifetimes import Plan
+from vkvtrain.logits import LogitForm
+from vkvtrain.logits import attend as attend_entries
 
 _GATHERED = 2**25
 """Most elements of gathered keys in one attention call: bounds the memory of a call, not its result."""
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, evict_at: Tensor, plan: Plan, scaling: float) -> Tensor:
+def attend(query: Tensor, key: Tensor, value: Tensor, evict_at: Tensor, plan: Plan, form: LogitForm) -> Tensor:
     """Attention output [B, S, Hq, D] under the mask `j <= i < evict_at[b, h, j]`; zero at padding.
 
     Args:
@@ -24,18 +25,11 @@ def attend(query: Tensor, key: Tensor, value: Tensor, evict_at: Tensor, plan: Pl
         key, value: [B, Hkv, S, D].
         evict_at: [B, Hkv, S].
         plan: the batch's rows and events.
-        scaling: factor of the attention logits.
+        form: scaling, soft cap and sinks of the attention.
     """
     first = [row.events[0].position + 1 if row.events else row.length for row in plan.rows]
     longest = max(first)
-    prefix = scaled_dot_product_attention(
-        query[:, :, :longest],
-        key[:, :, :longest],
-        value[:, :, :longest],
-        is_causal=True,
-        scale=scaling,
-        enable_gqa=True,
-    )
+    prefix = attend_entries(query[:, :, :longest], key[:, :, :longest], value[:, :, :longest], form, is_causal=True)
     parts = [_tokens(prefix), _tokens(query.new_zeros(1, query.shape[1], 1, value.shape[-1]))]
     zero = len(plan.rows) * longest
     # where each token's output lies in the concatenation of the parts
@@ -45,7 +39,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, evict_at: Tensor, plan: Pl
     offset = zero + 1
     per_call = max(1, _GATHERED // (key.shape[1] * key.shape[3]))
     for length, group in _segments(plan, per_call):
-        out = _attend_segments(query, key, value, evict_at, plan, scaling, length, group)
+        out = _attend_segments(query, key, value, evict_at, plan, form, length, group)
         parts.append(_tokens(out))
         for index, (row, start, end) in enumerate(group):
             where[row][start:end] = range(offset + index * length, offset + index * length + end - start)
@@ -74,7 +68,7 @@ def _segments(plan: Plan, per_call: int) -> Iterator[tuple[int, list[Segment]]]:
 
 
 def _attend_segments(
-    query: Tensor, key: Tensor, value: Tensor, evict_at: Tensor, plan: Plan, scaling: float,
+    query: Tensor, key: Tensor, value: Tensor, evict_at: Tensor, plan: Plan, form: LogitForm,
     length: int, segments: Sequence[Segment],
 ) -> Tensor:  # fmt: skip
     """Attention output [N, Hq, length, D] of N segments; what lies past a segment's end is to be ignored."""
@@ -88,13 +82,8 @@ def _attend_segments(
     own = (start[:, None] + torch.arange(length, device=key.device)).clamp(max=plan.width - 1)[:, None]
     entries = torch.cat([held, own.expand(-1, key.shape[1], -1)], dim=-1)
     visible = torch.ones(length, plan.budget + length, dtype=torch.bool, device=key.device).tril(plan.budget)
-    return scaled_dot_product_attention(
-        query[row, q_head, own],
-        key[row, kv_head, entries],
-        value[row, kv_head, entries],
-        attn_mask=visible,
-        scale=scaling,
-        enable_gqa=True,
+    return attend_entries(
+        query[row, q_head, own], key[row, kv_head, entries], value[row, kv_head, entries], form, visible
     )
 
 

@@ -15,13 +15,14 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from vkvtrain.attention import reference, segments
+from vkvtrain.attention import reference, segments, sliding
 from vkvtrain.config import EvictionConfig
 from vkvtrain.events import Chunks, normalise_chunks
 from vkvtrain.lifetimes import Plan, Row, lifetimes, make_plan, never_evicted
+from vkvtrain.logits import LogitForm
 from vkvtrain.noise import Stream, stream_key
 from vkvtrain.selection import Selector
-from vkvtrain.support import check_attention, evicting_layers
+from vkvtrain.support import LayerKind, check_attention, layer_kinds
 
 BACKENDS = {"reference": reference.attend, "segments": segments.attend}
 
@@ -75,7 +76,7 @@ class Trace:
     def __init__(
         self,
         config: EvictionConfig,
-        evicts: Sequence[bool],
+        kinds: Sequence[LayerKind],
         prompts: Sequence[int | Chunks],
         streams: Sequence[Stream] | None,
         backend: str,
@@ -85,11 +86,12 @@ class Trace:
         self.closed = False
         self.is_suspended = False
         self._config = config
-        self._evicts = evicts
+        self._kinds = kinds
         self._prompts = prompts
         self._streams = range(len(prompts)) if streams is None else streams
         self._selector = Selector(config) if config.evicts else None
         self._plan: Plan | None = None
+        self._plans: dict[torch.device, Plan] = {}
 
     @property
     def rows(self) -> list[Row]:
@@ -106,7 +108,7 @@ class Trace:
             self.is_suspended = False
 
     def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, form: LogitForm
     ) -> Tensor:
         """Attention output [B, S, Hq, D] of a layer; decides its `evict_at` unless this is a recomputation."""
         if query.shape[2] != key.shape[2]:
@@ -116,20 +118,24 @@ class Trace:
                 f"layer {layer} ran twice in one simulated_eviction block: open a block for each forward pass, and run "
                 "a teacher before it or inside trace.suspended()"
             )
-        plan = self._plan_of(mask, key.shape[0], key.shape[2], key.device)
-        if not self._evicts[layer]:
+        kind, plan = self._kinds[layer], self._plan_of(mask, key.shape[0], key.shape[2], key.device)
+        if not kind.evicts:
             plan = plan.without_events()
         if layer not in self.evict_at:
-            self.evict_at[layer] = self._decide(layer, query, key, value, plan, scaling)
-        return BACKENDS[self.backend](query, key, value, self.evict_at[layer], plan, scaling)
+            self.evict_at[layer] = self._decide(layer, query, key, value, plan, form)
+        if kind.sliding_window is not None:
+            attend = reference.attend_sliding if self.backend == "reference" else sliding.attend
+            return attend(query, key, value, kind.sliding_window, plan, form)
+        return BACKENDS[self.backend](query, key, value, self.evict_at[layer], plan, form)
 
-    def _decide(self, layer: int, query: Tensor, key: Tensor, value: Tensor, plan: Plan, scaling: float) -> Tensor:
-        if not self._evicts[layer]:
+    def _decide(self, layer: int, query: Tensor, key: Tensor, value: Tensor, plan: Plan, form: LogitForm) -> Tensor:
+        if not self._kinds[layer].evicts:
             return never_evicted(plan, key.shape[1])
         assert self._selector is not None
-        return lifetimes(query, key, value, plan, self._selector, layer, scaling)
+        return lifetimes(query, key, value, plan, self._selector, layer, form)
 
     def _plan_of(self, mask: Tensor | None, rows: int, width: int, device: torch.device) -> Plan:
+        """The plan of the pass on a layer's device: with a device map the layers lie on several."""
         if self._plan is None:
             if rows != len(self._prompts):
                 raise ValueError(
@@ -137,9 +143,12 @@ class Trace:
                 )
             lengths = [width] * rows if mask is None else _right_padded_lengths(mask, rows, width)
             self._plan = make_plan(self._config, self._prompts, self._streams, lengths, width, device)
+            self._plans[device] = self._plan
         elif self._plan.width != width or len(self._plan.rows) != rows:
             raise ValueError("the layers of one simulated pass saw batches of different shapes")
-        return self._plan
+        if device not in self._plans:
+            self._plans[device] = self._plan.on(device)
+        return self._plans[device]
 
 
 def _right_padded_lengths(mask: Tensor, rows: int, width: int) -> list[int]:
@@ -196,12 +205,12 @@ def simulated_eviction(
         raise ValueError("simulated_eviction found no attention layers in the model: pass a transformers decoder model")
     model_config: Any = modules[0].config
     check_attention(model_config, "simulated_eviction")
-    evicts = evicting_layers(model_config, config)
+    kinds = layer_kinds(model_config, config)
     for module in modules:
         outer = _simulations.get(module)
         if outer is not None and not outer.closed:
             raise RuntimeError("the model is in a simulated_eviction block already: leave that one first")
-    trace = Trace(config, evicts, prompts, streams, "segments" if backend == "auto" else backend)
+    trace = Trace(config, kinds, prompts, streams, "segments" if backend == "auto" else backend)
     configs = {id(module.config): module.config for module in modules}  # kept alive by the modules
     _simulations.update(dict.fromkeys(modules, trace))
     _by_config.update(dict.fromkeys(configs, trace))

@@ -25,7 +25,7 @@ from vkvtrain.cache import EvictionCache
 from vkvtrain.config import EvictionConfig
 from vkvtrain.evaluation.metrics import is_looping
 from vkvtrain.events import evictions_by, peak_entries
-from vkvtrain.support import ATTENTION, evicting_layers
+from vkvtrain.support import ATTENTION, layer_kinds
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +89,7 @@ class EvictionLM(_HFLM):
             config = transformers.AutoConfig.from_pretrained(pretrained, revision=revision, trust_remote_code=trust)
         except OSError as error:
             raise ValueError(f"pretrained={pretrained} cannot be loaded: {' '.join(str(error).split())}") from None
-        evicting_layers(config, self.eviction)
+        layer_kinds(config, self.eviction)
         check_generation(own_generation_settings(pretrained, revision))
         self.records: list[dict[str, Any]] = []
         super().__init__(pretrained, backend="causal", **arguments)
@@ -214,7 +214,10 @@ class EvictionLM(_HFLM):
         if self.eviction.budget is not None and self.eviction.evicts:
             rule = (prompt, seen, self.eviction.budget, self.eviction.window)
             evictions, peak = evictions_by(*rule), peak_entries(*rule)
-        evicts = evicting_layers(self.model.config, self.eviction)
+        held = [
+            min(seen, kind.sliding_window - 1) if kind.sliding_window is not None else peak if kind.evicts else seen
+            for kind in layer_kinds(self.model.config, self.eviction)
+        ]
         text = self.model.config.get_text_config(decoder=True)
         head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         entry = text.num_key_value_heads * 2 * head_dim * self.model.dtype.itemsize
@@ -223,7 +226,7 @@ class EvictionLM(_HFLM):
             "final_length": seen,
             "evictions": evictions,
             "peak_entries": peak,
-            "peak_kv_bytes": entry * sum(peak if layer else seen for layer in evicts),
+            "peak_kv_bytes": entry * sum(held),
             "looping_or_cut_off": bool(cut_off or is_looping(tokens)),
         }
 

@@ -1,26 +1,16 @@
-"""Eviction policies by the field's names. To add one: a class in a file of this folder, and a line in `POLICIES`.
+"""Eviction policies by the field's names. To add one: a file in this folder with a class under `@register("name")`.
 
 Knows nothing of models, caches or training: tensors in, tensors out.
 """
 
 import difflib
+import importlib
+import pkgutil
 
-from vkvtrain.policies.attention_based import SnapKV, VaseAttnV
-from vkvtrain.policies.base import Candidates, Policy, value_range, window_attention
-from vkvtrain.policies.data_independent import Full, Random, Streaming
-from vkvtrain.policies.leverage import CurDKV, VaseDKV
-from vkvtrain.policies.value_based import EvictLarge
+from vkvtrain.policies.base import POLICIES, Candidates, Policy, value_range, window_attention
 
-POLICIES: dict[str, type[Policy]] = {
-    "vase_attnv": VaseAttnV,
-    "vase_dkv": VaseDKV,
-    "curdkv": CurDKV,
-    "snapkv": SnapKV,
-    "random": Random,
-    "streaming": Streaming,
-    "evict_large": EvictLarge,
-    "full": Full,
-}
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")
 
 
 def get_policy(name: str) -> type[Policy]:

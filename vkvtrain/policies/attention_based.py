@@ -1,13 +1,15 @@
-"""Policies that score by the attention of the window's queries."""
+"""Policies that score by attention."""
 
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
-from vkvtrain.policies.base import Candidates, Policy, window_attention
+from vkvtrain.policies.base import Candidates, Policy, register, window_attention
 
 
+@register("snapkv")
 @dataclass(frozen=True)
 class SnapKV(Policy):
     """Keep the candidates with the highest window attention (SnapKV, arXiv 2404.14469, decode form)."""
@@ -19,17 +21,76 @@ class SnapKV(Policy):
         return window_attention(candidates, smooth)
 
 
+@register("vase_attnv")
 @dataclass(frozen=True)
-class VaseAttnV(Policy):
-    """Protect the largest value ranges, sample the rest in proportion to the window attention.
+class VaseAttnV(SnapKV):
+    """Protect the largest value ranges, sample the rest by the window attention (VaSE, arXiv 2606.03928)."""
 
-    Source: VaSE (arXiv 2606.03928).
+    samples: ClassVar[bool] = True
+    protected_fraction: ClassVar[float] = 0.25
+
+
+@register("tova")
+@dataclass(frozen=True)
+class Tova(Policy):
+    """Keep what the last query attends to, one decision for all heads of a layer (TOVA, arXiv 2401.06104).
+
+    Score: softmax over everything held, mean over the query heads. Where KV heads hold different entries (large values
+    are protected head by head), a position's mean is over those that hold it.
     """
 
     needs_queries: ClassVar[bool] = True
     needs_keys: ClassVar[bool] = True
-    samples: ClassVar[bool] = True
-    protected_fraction: ClassVar[float] = 0.25
+    needs_window_keys: ClassVar[bool] = True
 
     def score(self, candidates: Candidates, smooth: bool) -> Tensor:
-        return window_attention(candidates, smooth)
+        assert candidates.queries is not None
+        positions = candidates.positions.contiguous()
+        attention = candidates.logits(candidates.queries[:, :, -1:], candidates.all_keys()).softmax(-1)
+        own = attention[..., 0, : positions.shape[-1]].mean(2)  # of the KV head's own group
+        total, holders = torch.zeros_like(own), torch.zeros_like(own)
+        for head in range(positions.shape[1]):
+            other = positions[:, head, None].expand_as(positions).contiguous()
+            slot = torch.searchsorted(other, positions).clamp(max=positions.shape[-1] - 1)
+            holds = other.gather(-1, slot) == positions
+            total += torch.where(holds, own[:, head, None].expand_as(own).gather(-1, slot), 0.0)
+            holders += holds
+        return total / holders
+
+
+@register("h2o")
+@dataclass(frozen=True)
+class H2O(Policy):
+    """Keep the heavy hitters: the attention of every query so far, summed (H2O, arXiv 2306.14048).
+
+    The prompt's queries count too, so a prompt costs one more pass of attention over itself. Mean over the query heads
+    of a KV head.
+    """
+
+    needs_mass: ClassVar[bool] = True
+
+    def score(self, candidates: Candidates, smooth: bool) -> Tensor:
+        assert candidates.mass is not None
+        return candidates.mass
+
+
+@register("caote")
+@dataclass(frozen=True)
+class Caote(Policy):
+    """Keep what changes the attention output the most when it goes (CAOTE, arXiv 2504.14051).
+
+    Score: `alpha / (1 - alpha) * |o - v|_2` with alpha the window attention normalised over the candidates and
+    `o = sum alpha v`.
+    """
+
+    needs_queries: ClassVar[bool] = True
+    needs_keys: ClassVar[bool] = True
+    needs_values: ClassVar[bool] = True
+
+    def score(self, candidates: Candidates, smooth: bool) -> Tensor:
+        assert candidates.values is not None
+        attention = window_attention(candidates, smooth)
+        alpha = attention / attention.sum(-1, keepdim=True)
+        output = torch.matmul(alpha[..., None, :], candidates.values)
+        error = alpha / (1 - alpha) * (output - candidates.values).norm(dim=-1)
+        return torch.where(alpha < 1, error, torch.inf)  # alone it is the whole output

@@ -4,12 +4,14 @@ Shapes: N sequences, Hq query heads, Hkv KV heads (Hq a multiple of Hkv), R wind
 dimension.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from vkvtrain.logits import LogitForm
 from vkvtrain.noise import NoiseSource
 
 
@@ -24,6 +26,9 @@ class Candidates:
         values: [N, Hkv, C, D], same dtype.
         scaling: factor of the attention logits, from the model.
         noise: the random numbers of this event.
+        window_keys: keys of the window's entries, which are no candidates, [N, Hkv, R, D], same dtype.
+        mass: attention that each candidate has got from all queries so far, [N, Hkv, C], same dtype.
+        softcap: bound c of the attention logits, `c * tanh(l / c)`, where the model has one.
     """
 
     positions: Tensor
@@ -32,6 +37,24 @@ class Candidates:
     values: Tensor | None
     scaling: float
     noise: NoiseSource
+    window_keys: Tensor | None = None
+    mass: Tensor | None = None
+    softcap: float | None = None
+
+    def logits(self, queries: Tensor, keys: Tensor) -> Tensor:
+        """Attention logits of every query head, [N, Hkv, Hq / Hkv, Q, K].
+
+        Args:
+            queries: [N, Hq, Q, D].
+            keys: [N, Hkv, K, D].
+        """
+        return LogitForm(self.scaling, self.softcap).logits(queries, keys)
+
+    def all_keys(self) -> Tensor:
+        """Keys of everything held, candidates then window, [N, Hkv, C + R, D]."""
+        assert self.keys is not None
+        assert self.window_keys is not None
+        return torch.cat([self.keys, self.window_keys], dim=2)
 
 
 @dataclass(frozen=True)
@@ -41,6 +64,9 @@ class Policy:
     needs_queries: ClassVar[bool] = False
     needs_keys: ClassVar[bool] = False
     needs_values: ClassVar[bool] = False
+    needs_window_keys: ClassVar[bool] = False
+    needs_mass: ClassVar[bool] = False
+    """Attention accumulated over every query so far: costs a pass over all queries, the prompt's included."""
     samples: ClassVar[bool] = False
     """Scores are weights of sampling without replacement, else the highest scores are kept."""
     scores_single_tokens: ClassVar[bool] = False
@@ -54,6 +80,22 @@ class Policy:
         raise TypeError(f"{type(self).__name__} scores nothing")
 
 
+POLICIES: dict[str, type[Policy]] = {}
+"""The policies by the field's names."""
+
+
+def register(name: str) -> Callable[[type[Policy]], type[Policy]]:
+    """Class decorator: makes a policy known by `name`."""
+
+    def add(policy: type[Policy]) -> type[Policy]:
+        if name in POLICIES:
+            raise ValueError(f"there are two policies {name!r}: {POLICIES[name].__name__} and {policy.__name__}")
+        POLICIES[name] = policy
+        return policy
+
+    return add
+
+
 def window_attention(candidates: Candidates, smooth: bool) -> Tensor:
     """The attention that the window pays to each candidate, `a` [N, Hkv, C].
 
@@ -63,10 +105,7 @@ def window_attention(candidates: Candidates, smooth: bool) -> Tensor:
     """
     assert candidates.queries is not None
     assert candidates.keys is not None
-    sequences, kv_heads, _, dim = candidates.keys.shape
-    grouped = candidates.queries.reshape(sequences, kv_heads, -1, dim)  # [N, Hkv, Hq/Hkv * R, D]
-    logits = torch.matmul(grouped, candidates.keys.transpose(-1, -2)) * candidates.scaling
-    attention = logits.softmax(-1).mean(2)  # both means at once: every query head has R queries
+    attention = candidates.logits(candidates.queries, candidates.keys).softmax(-1).mean((2, 3))
     return torch.nn.functional.avg_pool1d(attention, 5, stride=1, padding=2) if smooth else attention
 
 

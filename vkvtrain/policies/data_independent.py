@@ -6,9 +6,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vkvtrain.policies.base import Candidates, Policy
+from vkvtrain.policies.base import Candidates, Policy, register
 
 
+@register("random")
 @dataclass(frozen=True)
 class Random(Policy):
     """Keep a uniform sample; with `protect_prompt` this is Random Attention (arXiv 2609.03430)."""
@@ -19,6 +20,7 @@ class Random(Policy):
         return torch.ones_like(candidates.positions, dtype=torch.float32)
 
 
+@register("streaming")
 @dataclass(frozen=True)
 class Streaming(Policy):
     """Keep the sinks and the most recent entries (StreamingLLM, arXiv 2309.17453)."""
@@ -28,6 +30,7 @@ class Streaming(Policy):
         return torch.zeros_like(candidates.positions, dtype=torch.float32)
 
 
+@register("full")
 @dataclass(frozen=True)
 class Full(Policy):
     """Keep everything."""

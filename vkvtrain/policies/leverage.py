@@ -6,9 +6,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vkvtrain.policies.base import Candidates, Policy
+from vkvtrain.policies.base import Candidates, Policy, register
 
 
+@register("curdkv")
 @dataclass(frozen=True)
 class CurDKV(Policy):
     """Keep the largest `|k G|^2 * |v G|^2`, one `G` [D, rank] ~ N(0, 1/rank) per sequence and layer (CurDKV)."""
@@ -38,6 +39,7 @@ class CurDKV(Policy):
         return leverage(keys) * leverage(values)
 
 
+@register("vase_dkv")
 @dataclass(frozen=True)
 class VaseDKV(CurDKV):
     """CurDKV's score with `G` drawn afresh at every event (VaSE, arXiv 2606.03928)."""

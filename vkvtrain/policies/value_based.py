@@ -5,16 +5,40 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from vkvtrain.policies.base import Candidates, Policy, value_range
+from vkvtrain.policies.base import Candidates, Policy, register, value_range
 
 
 @dataclass(frozen=True)
-class EvictLarge(Policy):
-    """Drop the largest value ranges: the ablation that shows what VaSE protects (arXiv 2606.03928)."""
-
+class _ValueBased(Policy):
     needs_values: ClassVar[bool] = True
     scores_single_tokens: ClassVar[bool] = True
+
+
+@register("evict_large")
+@dataclass(frozen=True)
+class EvictLarge(_ValueBased):
+    """Drop the largest value ranges: the ablation that shows what VaSE protects (arXiv 2606.03928)."""
 
     def score(self, candidates: Candidates, smooth: bool) -> Tensor:
         assert candidates.values is not None
         return -value_range(candidates.values)
+
+
+@register("value_l2")
+@dataclass(frozen=True)
+class ValueL2(_ValueBased):
+    """Keep the values of largest Euclidean norm, `|v|_2`: a measure of size that VaSE compares (arXiv 2606.03928)."""
+
+    def score(self, candidates: Candidates, smooth: bool) -> Tensor:
+        assert candidates.values is not None
+        return candidates.values.norm(dim=-1)
+
+
+@register("value_var")
+@dataclass(frozen=True)
+class ValueVar(_ValueBased):
+    """Keep the values of largest variance over the head dimension, a measure that VaSE compares (arXiv 2606.03928)."""
+
+    def score(self, candidates: Candidates, smooth: bool) -> Tensor:
+        assert candidates.values is not None
+        return candidates.values.var(-1, unbiased=False)

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler
 
 from vkvtrain.attention import Trace, simulated_eviction
 from vkvtrain.config import EvictionConfig
-from vkvtrain.support import ATTENTION, evicting_layers
+from vkvtrain.support import ATTENTION, layer_kinds
 from vkvtrain.tiny import MODEL_PATH
 from vkvtrain.training.checkpoints import check_output, finish_run, start_run
 from vkvtrain.training.data import Batch, Row, TrainingData, collate, load_data, sample
@@ -107,7 +107,7 @@ def load_model(recipe: Recipe, name: str) -> Any:
         name, revision=settings.revision or "main", dtype=settings.dtype, attn_implementation=ATTENTION
     )
     for config in recipe.eviction_configs():
-        evicting_layers(model.config, config)
+        layer_kinds(model.config, config)
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()

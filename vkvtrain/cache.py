@@ -417,6 +417,7 @@ class EvictionCache(Cache):
             return DynamicSlidingWindowLayer(kind.sliding_window)
         return EvictionLayer(self._shared, index, kind.evicts)
 
+    @torch.compiler.disable  # counters and events are Python's: compiled, they would be guards that change every step
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
@@ -468,7 +469,8 @@ class EvictionCache(Cache):
     def allocated_bytes(self) -> int:
         """Bytes of key and value storage, all rows and layers."""
         layers = [*self._eviction_layers(), *self._sliding_layers()]
-        return sum(t.nbytes for layer in layers for t in (layer.keys, layer.values) if t is not None)
+        held = [tensor for layer in layers for tensor in (layer.keys, layer.values) if tensor is not None]
+        return sum(tensor.untyped_storage().nbytes() for tensor in held)
 
     def reset(self, streams: Sequence[Stream] | None = None) -> None:
         """Forget the sequences; `streams` names the next ones (default: the same as before)."""

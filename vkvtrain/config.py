@@ -147,7 +147,12 @@ class EvictionConfig(Settings):
 
             path = Path(hf_hub_download(str(name_or_path), CONFIG_NAME, revision=revision))
         try:
-            values = json.loads(path.read_text())
-        except json.JSONDecodeError as error:
+            values = json.loads(path.read_bytes())
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"{path} is not valid JSON: {error}") from None
-        return cls(**values)
+        if not isinstance(values, dict):
+            raise ValueError(f"{path} must hold a mapping of settings, got {type(values).__name__}")
+        try:
+            return cls(**values)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None

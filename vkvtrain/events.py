@@ -6,6 +6,7 @@ tensors.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import index
 
 Chunks = Sequence[tuple[int, int]]
 """Half-open [start, end) ranges of positions that decoding appends without eviction: the prompt and later turns."""
@@ -34,7 +35,10 @@ def normalise_chunks(prompt: int | Chunks, length: int | None = None) -> list[tu
     Raises:
         ValueError: chunks that are empty, overlap, do not start at 0 or end after `length`.
     """
-    chunks = [(0, prompt)] if isinstance(prompt, int) else [(int(start), int(end)) for start, end in prompt]
+    try:
+        chunks = [(0, prompt)] if isinstance(prompt, int) else [(index(start), index(end)) for start, end in prompt]
+    except (TypeError, ValueError):
+        raise ValueError(f"prompt_lengths: chunks must be (start, end) pairs of whole numbers, got {prompt}") from None
     if not chunks or chunks[0][0] != 0:
         raise ValueError(f"prompt_lengths: the first chunk must start at position 0, got {list(chunks)}")
     before = 0

@@ -7,8 +7,10 @@ words are position, event, layer and KV head, so no two numbers of a sequence sh
 
 import hashlib
 import math
+import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import SupportsIndex
 
 import torch
 from torch import Tensor
@@ -31,7 +33,11 @@ def canonical_stream(stream: Stream) -> tuple[int, ...]:
     """
 
     def flatten(value: Stream) -> Iterable[int]:
-        if isinstance(value, int) and not isinstance(value, bool):
+        if isinstance(value, SupportsIndex) and not isinstance(value, bool):  # NumPy's and a tensor's integers too
+            try:
+                value = operator.index(value)
+            except TypeError:
+                raise ValueError(f"streams must be ints or tuples of ints, got {value!r}") from None
             if not -(2**63) <= value < 2**63:
                 raise ValueError(f"streams: {value} does not fit 64 bits")
             yield value

@@ -9,13 +9,14 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask, sliding_window_overlay
 
-from vkvtrain.attention.simulation import simulation_of, simulation_of_config
-from vkvtrain.cache import layer_of
+from vkvtrain.attention.simulation import Trace, simulation_of, simulation_of_config
+from vkvtrain.cache import EvictionLayer, layer_of
 from vkvtrain.logits import LogitForm, attend
 from vkvtrain.support import ATTENTION
 
@@ -63,11 +64,27 @@ def attention_forward(
         raise ValueError("simulated_eviction and EvictionCache exclude each other: use the cache outside the block")
     if layer is not None:
         _refuse_dropout(dropout, "EvictionCache")
-        return layer.attend(query, key, value, attention_mask, form), None
+        return _decode(layer, query, key, value, attention_mask, form), None
     assert simulation is not None
     _refuse_dropout(dropout, "a simulation")
     index: Any = module.layer_idx
-    return simulation.attend(index, query, key, value, attention_mask, form), None
+    return _simulate(simulation, index, query, key, value, attention_mask, form), None
+
+
+def _uncompiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`function`, which `torch.compile` leaves alone: events are Python's, as guards they would change every step."""
+    outside: Any = torch.compiler.disable(function)
+    return outside
+
+
+@_uncompiled
+def _decode(layer: EvictionLayer, *arguments: Any) -> Tensor:
+    return layer.attend(*arguments)
+
+
+@_uncompiled
+def _simulate(simulation: Trace, *arguments: Any) -> Tensor:
+    return simulation.attend(*arguments)
 
 
 def _refuse_dropout(dropout: float, where: str) -> None:

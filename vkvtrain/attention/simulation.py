@@ -6,6 +6,7 @@ context variables are not to be had.
 """
 
 import inspect
+import operator
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -157,9 +158,27 @@ def _right_padded_lengths(mask: Tensor, rows: int, width: int) -> list[int]:
             f"simulated_eviction needs a two-dimensional attention_mask [{rows}, {width}], got {list(mask.shape)}"
         )
     mask = mask.bool()
+    empty = (~mask.any(-1)).nonzero().flatten().tolist()
+    if empty:
+        raise ValueError(f"row {empty[0]} of the batch is all padding: give every row a token")
     if bool((mask[:, 1:] & ~mask[:, :-1]).any()) or not bool(mask[:, 0].all()):
         raise ValueError("simulated_eviction needs right-padded rows: set the tokenizer's padding_side to 'right'")
     return mask.sum(-1).tolist()
+
+
+def _checked_prompt(prompt: Any) -> int | list[tuple[int, int]]:
+    """An entry of `prompt_lengths`: a positive length (Python's, NumPy's or a tensor's), or chunks."""
+    try:
+        length = operator.index(prompt)
+    except TypeError:
+        if not isinstance(prompt, Sequence) or isinstance(prompt, str):
+            raise ValueError(
+                f"prompt_lengths must hold whole numbers or lists of (start, end) chunks, got {prompt!r}"
+            ) from None
+        return normalise_chunks(prompt)
+    if length < 1:
+        raise ValueError(f"prompt_lengths must be positive, got {length}")
+    return length
 
 
 @contextmanager
@@ -191,10 +210,9 @@ def simulated_eviction(
     """
     if backend != "auto" and backend not in BACKENDS:
         raise ValueError(f"backend must be auto, {' or '.join(BACKENDS)}, got {backend!r}")
-    prompts = [prompt if isinstance(prompt, int) else normalise_chunks(prompt) for prompt in prompt_lengths]
-    for prompt in prompts:
-        if isinstance(prompt, int) and prompt < 1:
-            raise ValueError(f"prompt_lengths must be positive, got {prompt}")
+    prompts = [_checked_prompt(prompt) for prompt in prompt_lengths]
+    if not prompts:
+        raise ValueError("prompt_lengths is empty: give one entry for each row of the batch")
     if streams is not None:
         if len(streams) != len(prompts):
             raise ValueError(f"streams has {len(streams)} entries for {len(prompts)} prompt_lengths: give one each")

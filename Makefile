@@ -1,12 +1,13 @@
 # make demo       train the embedded model for eviction, evaluate it under eviction, print the table
 # make test       the tests
 # make lint       ruff and pyright
+# make tables     run the tests of the model families and write the README's tables
 # make demo-real  the same method on a real pretrained model (SmolLM2-135M)
 PYTHON ?= python3
 BIN := .venv/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test lint demo-real clean
+.PHONY: demo test lint tables demo-real clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'vkvtrain needs Python 3.11 or newer: make PYTHON=python3.11')"
@@ -23,6 +24,9 @@ demo-real: .venv/installed
 
 test: .venv/installed
 	$(BIN)/python -m pytest -n 2
+
+tables: .venv/installed
+	$(BIN)/python -m pytest tests/test_families.py --write-tables
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -12,7 +12,10 @@ from vkvtrain.policies.base import Candidates, Policy, register
 @register("curdkv")
 @dataclass(frozen=True)
 class CurDKV(Policy):
-    """Keep the largest `|k G|^2 * |v G|^2`, one `G` [D, rank] ~ N(0, 1/rank) per sequence and layer (CurDKV)."""
+    """Keep the largest approximate leverage of keys and values (CurDKV, Sengupta et al. 2025).
+
+    Score: `norm(k G)^2 * norm(v G)^2` with one `G` [D, rank] ~ N(0, 1/rank) per sequence and layer.
+    """
 
     rank: int = 20
     """Columns of the random projection."""
@@ -42,6 +45,6 @@ class CurDKV(Policy):
 @register("vase_dkv")
 @dataclass(frozen=True)
 class VaseDKV(CurDKV):
-    """CurDKV's score with `G` drawn afresh at every event (VaSE, arXiv 2606.03928)."""
+    """CurDKV's leverage with a projection drawn afresh at every event (VaSE, arXiv 2606.03928)."""
 
     fresh_projection: ClassVar[bool] = True

@@ -27,7 +27,7 @@ class EvictLarge(_ValueBased):
 @register("value_l2")
 @dataclass(frozen=True)
 class ValueL2(_ValueBased):
-    """Keep the values of largest Euclidean norm, `|v|_2`: a measure of size that VaSE compares (arXiv 2606.03928)."""
+    """Keep the values of largest Euclidean norm: another measure of size than VaSE's value range."""
 
     def score(self, candidates: Candidates, smooth: bool) -> Tensor:
         assert candidates.values is not None
@@ -37,7 +37,7 @@ class ValueL2(_ValueBased):
 @register("value_var")
 @dataclass(frozen=True)
 class ValueVar(_ValueBased):
-    """Keep the values of largest variance over the head dimension, a measure that VaSE compares (arXiv 2606.03928)."""
+    """Keep the values of largest variance over the head dimension: another measure of size than VaSE's range."""
 
     def score(self, candidates: Candidates, smooth: bool) -> Tensor:
         assert candidates.values is not None

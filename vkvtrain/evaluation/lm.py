@@ -215,7 +215,7 @@ class EvictionLM(_HFLM):
             rule = (prompt, seen, self.eviction.budget, self.eviction.window)
             evictions, peak = evictions_by(*rule), peak_entries(*rule)
         held = [
-            min(seen, kind.sliding_window - 1) if kind.sliding_window is not None else peak if kind.evicts else seen
+            min(seen, kind.sliding_window) if kind.sliding_window is not None else peak if kind.evicts else seen
             for kind in layer_kinds(self.model.config, self.eviction)
         ]
         text = self.model.config.get_text_config(decoder=True)

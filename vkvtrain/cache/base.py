@@ -1,0 +1,211 @@
+"""What the layers of a cache have in common: independent rows whose counters are Python integers."""
+
+from collections.abc import Sequence
+from typing import Any, ClassVar, NoReturn
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from vkvtrain.config import EvictionConfig
+from vkvtrain.logits import LogitForm
+from vkvtrain.noise import Stream, stream_key
+from vkvtrain.selection import Selector
+
+_LAYER = "_vkvtrain_cache_layer"
+
+
+def layer_of(key: Tensor) -> "RowLayer | None":
+    """The cache layer that returned this key tensor from `update`, if any."""
+    return getattr(key, _LAYER, None)
+
+
+class Shared:
+    """What the layers of a cache have in common. Holds no tensors of a sequence and no layers."""
+
+    def __init__(self, config: EvictionConfig, streams: Sequence[Stream] | None) -> None:
+        self.config = config
+        self.selector = Selector(config) if config.evicts else None
+        self.streams = None if streams is None else list(streams)
+        self.awaiting: int | None = None
+        self._index: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
+        self._lengths: tuple[Tensor, list[int]] | None = None
+
+    def index(self, values: Sequence[int], device: torch.device) -> Tensor:
+        """Python ints as an int64 tensor; the layers of a step ask for the same ones, which are copied once."""
+        wanted = (tuple(values), device)
+        if wanted not in self._index:
+            if len(self._index) >= 64:
+                self._index.clear()
+            self._index[wanted] = torch.tensor(wanted[0], dtype=torch.int64, device=device)
+        return self._index[wanted]
+
+    def row_lengths(self, mask: Tensor | None, rows: int, width: int) -> list[int]:
+        """Tokens of each left-padded row of a prompt, from the last query row of its mask; one transfer a prompt."""
+        if mask is None:
+            return [width] * rows
+        if self._lengths is None or self._lengths[0] is not mask:
+            seen = mask[:, 0, -1, -width:].bool()
+            if bool((seen[:, :-1] & ~seen[:, 1:]).any()):
+                raise ValueError("EvictionCache needs left-padded prompts: set the tokenizer's padding_side to 'left'")
+            lengths = seen.sum(-1).expand(rows).tolist()
+            if 0 in lengths:
+                raise ValueError(f"row {lengths.index(0)} of the prompt is all padding: give every row a token")
+            self._lengths = (mask, lengths)
+        return self._lengths[1]
+
+    def keys(self, rows: int) -> list[tuple[int, int]]:
+        """The Philox key of each row; several rows per stream are repeats of it."""
+        streams = range(rows) if self.streams is None else self.streams
+        if rows % len(streams):
+            raise ValueError(
+                f"streams has {len(streams)} entries for a batch of {rows} rows: give one stream for each prompt"
+            )
+        repeats = rows // len(streams)
+        named = [stream if repeats == 1 else (stream, repeat) for stream in streams for repeat in range(repeats)]
+        return [stream_key(self.config.seed, stream) for stream in named]
+
+
+class RowLayer(CacheLayerMixin):
+    """One layer's entries, row by row. Rows may have seen different numbers of tokens."""
+
+    is_compileable = False
+    is_croppable = False
+    is_sliding = False
+    supports_early_init = False
+    stored: ClassVar[tuple[str, ...]]
+    """Tensors whose first dimension is the row."""
+    counted: ClassVar[tuple[str, ...]]
+    """Lists with an integer for each row."""
+
+    def __init__(self, shared: Shared, index: int) -> None:
+        super().__init__()
+        self.shared = shared
+        self.index = index
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the sequences."""
+        for name in self.stored:
+            setattr(self, name, None)
+        for name in self.counted:
+            setattr(self, name, [])
+        self.is_initialized = False
+        self.columns = 0
+        self.seen: list[int] = []
+
+    # What transformers asks of a layer
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Storage is made when the prompt has been attended, because only its mask tells the rows' lengths."""
+
+    def get_seq_length(self) -> int:
+        """Tokens seen, padding columns included (not entries held)."""
+        return self.columns
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """(width, offset) of the masks that transformers makes: of the new tokens among themselves.
+
+        Which entries a query sees is known here, so the mask has only to tell padding.
+        """
+        return query_length, self.columns
+
+    def get_max_length(self) -> int:
+        return -1
+
+    get_max_cache_shape = get_max_length
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Take the new tokens' keys and values [rows, Hkv, q, D]; returns what they attend to."""
+        rows, _, new, _ = key_states.shape
+        if new == 0:
+            raise ValueError("EvictionCache was given no tokens: pass at least one")
+        if not self.is_initialized:
+            keys, values = key_states.view(key_states.shape), value_states
+        else:
+            if rows != len(self.seen):
+                raise ValueError(
+                    f"this EvictionCache holds {len(self.seen)} rows and was given {rows}: make a new cache, or call "
+                    "cache.reset(streams=...) to start afresh"
+                )
+            keys, values = self.append(key_states, value_states)
+        setattr(keys, _LAYER, self)
+        return keys, values
+
+    def reorder_cache(self, beam_idx: Tensor) -> NoReturn:
+        raise ValueError("beam search does not work with EvictionCache: use num_beams=1")
+
+    def crop(self, tokens_to_remove: int) -> NoReturn:
+        raise ValueError("EvictionCache cannot be cropped: evicted entries are gone (assisted decoding needs cropping)")
+
+    def batch_repeat_interleave(self, repeats: int) -> NoReturn:
+        raise ValueError("EvictionCache cannot repeat its rows: use num_return_sequences, or repeat the prompts")
+
+    def batch_select_indices(self, indices: Tensor) -> NoReturn:
+        raise ValueError("EvictionCache cannot select rows: use keep_rows")
+
+    # What a kind of layer says for itself
+
+    def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Store tokens that continue the rows; returns the keys and values that they attend to."""
+        raise NotImplementedError
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, form: LogitForm) -> Tensor:
+        """Attention output [rows, q, Hq, D] of the tokens just given to `update`; then the events that are due.
+
+        Args:
+            query: [rows, Hq, q, D].
+            key, value: what `update` returned, [rows, Hkv, entries, D].
+            mask: of the new tokens among themselves, bool [rows, 1, q, q], or None without padding.
+            form: scaling, soft cap and sinks of the attention.
+        """
+        raise NotImplementedError
+
+    def held_bytes(self, row: int) -> tuple[int, int]:
+        """(bytes held of a row, most that were ever held)."""
+        raise NotImplementedError
+
+    def entry_bytes(self) -> int:
+        """Bytes of one token's entries, all KV heads."""
+        assert self.keys is not None
+        assert self.values is not None
+        return self.keys.shape[1] * (self.keys.shape[3] + self.values.shape[3]) * self.keys.element_size()
+
+    def refuse_padding(self, mask: Tensor | None, new: int) -> None:
+        """Raise ValueError for padding among tokens that continue a sequence."""
+        if mask is not None and not bool(mask[:, 0, -1, -new:].all()):
+            raise ValueError("padding among tokens that continue a sequence: continue rows with equally many tokens")
+
+    # Rows that come and go, for continuous batching
+
+    def match_storage(self, layers: "Sequence[RowLayer]") -> None:
+        """Give all layers storage of the same size."""
+
+    def join(self, sources: "Sequence[RowLayer]") -> None:
+        """Hold the rows of other layers, one after another; they may lose their storage."""
+        self.match_storage(sources)
+        for name in self.stored:
+            tensors = [getattr(source, name) for source in sources]
+            setattr(self, name, None if tensors[0] is None else torch.cat(tensors))
+        for name in self.counted:
+            setattr(self, name, [count for source in sources for count in getattr(source, name)])
+        self.columns = max(source.columns for source in sources)
+        self.is_initialized = True
+
+    def replace_row(self, row: int, source: "RowLayer") -> None:
+        """Put the first row of another layer into `row`."""
+        self.match_storage([self, source])
+        for name in self.stored:
+            if getattr(self, name) is not None:
+                getattr(self, name)[row] = getattr(source, name)[0]
+        for name in self.counted:
+            getattr(self, name)[row] = getattr(source, name)[0]
+
+    def keep_rows(self, rows: Sequence[int]) -> None:
+        """Drop all rows but these."""
+        for name in self.stored:
+            tensor = getattr(self, name)
+            if tensor is not None:
+                setattr(self, name, tensor[self.shared.index(rows, tensor.device)])
+        for name in self.counted:
+            setattr(self, name, [getattr(self, name)[row] for row in rows])

@@ -1,0 +1,150 @@
+"""The cache that `generate` is given."""
+
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from vkvtrain.cache.base import RowLayer, Shared
+from vkvtrain.cache.layer import EvictionLayer
+from vkvtrain.cache.sliding import SlidingLayer
+from vkvtrain.config import EvictionConfig
+from vkvtrain.noise import Stream, stream_key
+from vkvtrain.support import LayerKind, check_attention, layer_kinds
+
+
+class EvictionCache(Cache):
+    """A KV cache bounded by an eviction policy, for `model.generate(..., past_key_values=cache)`.
+
+    Rows are left-padded and independent of each other. Passing the cache again continues its sequences; `reset` starts
+    afresh. Greedy and sampling work, also with `num_return_sequences`; beam search, assisted decoding, chunked prefill
+    and cropping are refused.
+
+    Args:
+        config: the eviction setting.
+        model_config: `model.config` of a model loaded with `attn_implementation="vkvtrain"`.
+        streams: what names each prompt's randomness, ints or tuples of ints; default 0, 1, ... With k sequences per
+            prompt row r draws from `(streams[r // k], r % k)`.
+
+    Raises:
+        ValueError: a model that cannot evict, or whose attention is another one.
+    """
+
+    def __init__(self, config: EvictionConfig, model_config: Any, streams: Sequence[Stream] | None = None) -> None:
+        check_attention(model_config.get_text_config(decoder=True), "EvictionCache")
+        self.kinds = layer_kinds(model_config, config)
+        self._shared = Shared(config, _checked_streams(config, streams))
+        super().__init__(layers=[self._make_layer(index, kind) for index, kind in enumerate(self.kinds)])
+        self.config = config
+
+    def _make_layer(self, index: int, kind: LayerKind) -> RowLayer:
+        if kind.sliding_window is not None:
+            return SlidingLayer(self._shared, index, kind.sliding_window)
+        return EvictionLayer(self._shared, index, kind.evicts)
+
+    @torch.compiler.disable  # counters and events are Python's: compiled, they would be guards that change every step
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        awaiting = self._shared.awaiting
+        if awaiting is not None:
+            raise ValueError(
+                f"layer {awaiting} was given tokens but its attention did not go through vkvtrain: call "
+                'model.set_attn_implementation("vkvtrain"), then cache.reset()'
+            )
+        self._shared.awaiting = layer_idx
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def positions(self, layer: int, row: int) -> Tensor:
+        """Logical positions that a layer holds of a row, int64 [Hkv, n], ascending.
+
+        Raises:
+            ValueError: an empty cache, or a layer with a sliding window of its own.
+        """
+        held = self.layers[layer]
+        if not isinstance(held, EvictionLayer):
+            raise ValueError(f"layer {layer} keeps its own sliding window and evicts nothing: ask for another layer")
+        if held.entry_positions is None:
+            raise ValueError("the cache is empty: pass it to generate or to the model first")
+        return held.entry_positions[row, :, : held.live[row]].clone()
+
+    def stats(self) -> list[dict[str, int]]:
+        """Of each row: evictions, entries held and most ever held per KV head of an evicting layer, and their bytes.
+
+        Bytes are of all layers, each row's own tokens alone; sliding-window layers count what their window holds.
+        """
+        evicting = [layer for layer in self._row_layers() if isinstance(layer, EvictionLayer)]
+        first = next((layer for layer in evicting if layer.selector is not None), evicting[0])
+        rows = []
+        for row in range(len(first.live)):
+            held, peak = zip(*(layer.held_bytes(row) for layer in self._row_layers()), strict=True)
+            rows.append(
+                {
+                    "evictions": first.events[row],
+                    "live_entries": first.live[row],
+                    "peak_entries": first.peak[row],
+                    "bytes": sum(held),
+                    "peak_bytes": sum(peak),
+                }
+            )
+        return rows
+
+    @property
+    def allocated_bytes(self) -> int:
+        """Bytes of key and value storage, all rows and layers."""
+        held = [tensor for layer in self._row_layers() for tensor in (layer.keys, layer.values) if tensor is not None]
+        return sum(tensor.untyped_storage().nbytes() for tensor in held)
+
+    def reset(self, streams: Sequence[Stream] | None = None) -> None:
+        """Forget the sequences; `streams` names the next ones (default: the same as before)."""
+        for layer in self._row_layers():
+            layer.reset()
+        self._shared.awaiting = None
+        if streams is not None:
+            self._shared.streams = _checked_streams(self.config, streams)
+
+    def crop(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise ValueError("EvictionCache cannot be cropped: evicted entries are gone (assisted decoding needs cropping)")
+
+    def activate_past_recording(self) -> NoReturn:
+        raise ValueError("assisted decoding does not work with EvictionCache: generate without an assistant")
+
+    # Rows that come and go, for continuous batching
+
+    @classmethod
+    def join(cls, caches: "Sequence[EvictionCache]", model_config: Any) -> "EvictionCache":
+        """A cache with the rows of several, which must not be used afterwards.
+
+        Args:
+            caches: of one eviction setting; every row keeps its own stream.
+            model_config: the model's configuration.
+        """
+        joined = cls(caches[0].config, model_config)
+        for layer, *sources in zip(joined._row_layers(), *(cache._row_layers() for cache in caches), strict=True):
+            layer.join(sources)
+        return joined
+
+    def replace_row(self, row: int, other: "EvictionCache") -> None:
+        """Put the first row of another cache in the place of `row`."""
+        for layer, source in zip(self._row_layers(), other._row_layers(), strict=True):
+            layer.replace_row(row, source)
+
+    def keep_rows(self, rows: Sequence[int]) -> None:
+        """Drop all rows but these, in this order."""
+        for layer in self._row_layers():
+            layer.keep_rows(rows)
+
+    def _row_layers(self) -> list[RowLayer]:
+        return [layer for layer in self.layers if isinstance(layer, RowLayer)]
+
+
+def _checked_streams(config: EvictionConfig, streams: Sequence[Stream] | None) -> list[Stream] | None:
+    if streams is None:
+        return None
+    if not len(streams):
+        raise ValueError("streams is empty: give one stream for each prompt, or None")
+    for stream in streams:
+        stream_key(config.seed, stream)
+    return list(streams)

@@ -65,9 +65,10 @@ def test_sampling_is_reproducible_and_simulated():
     assert_simulated(model, cache, [row for row in rows for _ in range(3)], tokens, streams)
 
 
-def test_a_conversation_continues_with_the_same_cache():
+@pytest.mark.parametrize("family", ["Qwen3", "Gemma3", "gpt-oss"])
+def test_a_conversation_continues_with_the_same_cache(family):
     """Three turns of a batch; the second and third are chunks that nothing is evicted in."""
-    model = tiny_model(vocab=200)
+    model = tiny_family(family, vocab=200)
     turns = [rows_of([6, 6], steps=0, vocab=200, seed=seed) for seed in (1, 2, 3)]
     cache = EvictionCache(CONFIG, model.config, [0, 1])
     text, chunks = torch.tensor(turns[0]), [(0, 6)]
@@ -78,9 +79,11 @@ def test_a_conversation_continues_with_the_same_cache():
             text = torch.cat([text, torch.tensor(turn)], 1)
         text = model.generate(text, past_key_values=cache, max_new_tokens=25, do_sample=False)
     for row in range(2):
-        _, evict_at = simulate(model, CONFIG, [text[row].tolist()], [chunks], [row])
-        for layer in evict_at:
-            assert held_at(evict_at[layer], 0, text.shape[1] - 1) == cache.positions(layer, row).tolist()
+        logits, evict_at = simulate(model, CONFIG, [text[row].tolist()], [chunks], [row])
+        assert logits[0][-26:-1].argmax(-1).tolist() == text[row, -25:].tolist()
+        for layer, kind in enumerate(cache.kinds):
+            if kind.evicts:
+                assert held_at(evict_at[layer], 0, text.shape[1] - 1) == cache.positions(layer, row).tolist()
     assert cache.stats()[0]["evictions"] == evictions_by(chunks, text.shape[1] - 1, 16, 4)
 
 

@@ -29,7 +29,7 @@ class Shared:
         self.streams = None if streams is None else list(streams)
         self.awaiting: int | None = None
         self._index: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
-        self._lengths: tuple[Tensor, list[int]] | None = None
+        self._lengths: list[tuple[Tensor, list[int]]] = []
 
     def index(self, values: Sequence[int], device: torch.device) -> Tensor:
         """Python ints as an int64 tensor; the layers of a step ask for the same ones, which are copied once."""
@@ -44,15 +44,16 @@ class Shared:
         """Tokens of each left-padded row of a prompt, from the last query row of its mask; one transfer a prompt."""
         if mask is None:
             return [width] * rows
-        if self._lengths is None or self._lengths[0] is not mask:
+        known = next((lengths for other, lengths in self._lengths if other is mask), None)
+        if known is None:
             seen = mask[:, 0, -1, -width:].bool()
             if bool((seen[:, :-1] & ~seen[:, 1:]).any()):
                 raise ValueError("EvictionCache needs left-padded prompts: set the tokenizer's padding_side to 'left'")
-            lengths = seen.sum(-1).expand(rows).tolist()
-            if 0 in lengths:
-                raise ValueError(f"row {lengths.index(0)} of the prompt is all padding: give every row a token")
-            self._lengths = (mask, lengths)
-        return self._lengths[1]
+            known = seen.sum(-1).expand(rows).tolist()
+            if 0 in known:
+                raise ValueError(f"row {known.index(0)} of the prompt is all padding: give every row a token")
+            self._lengths = [*self._lengths[-1:], (mask, known)]  # of full layers and of sliding ones
+        return known
 
     def keys(self, rows: int) -> list[tuple[int, int]]:
         """The Philox key of each row; several rows per stream are repeats of it."""

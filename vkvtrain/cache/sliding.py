@@ -59,9 +59,7 @@ class SlidingLayer(RowLayer):
     def _take_prompt(self, key: Tensor, value: Tensor, mask: Tensor | None) -> None:
         rows, heads, width, _ = key.shape
         # the mask's last query sees no more than a window, which is all that is stored
-        lengths = self.shared.row_lengths(None, rows, width)
-        if mask is not None:
-            lengths = self.shared.row_lengths(mask, rows, width)
+        lengths = self.shared.row_lengths(mask, rows, width)
         self.keys = key.new_zeros(rows, heads, self.window, key.shape[-1])
         self.values = value.new_zeros(rows, heads, self.window, value.shape[-1])
         self.columns = width

@@ -202,7 +202,7 @@ def measure(settings: Settings) -> dict[str, Any]:
     window, start = min(settings.budgets) // 4, settings.tokens // 3
     results: dict[str, Any] = {**about, "window": window, "machine": platform.machine(), "rows": []}
     results["value_ranges"] = cells.measure("value ranges", lambda: value_ranges(model, texts))
-    wanted = [("full", None, EvictionConfig(policy="full"))]
+    wanted: list[tuple[str, int | None, EvictionConfig]] = [("full", None, EvictionConfig(policy="full"))]
     for setting in settings_to_probe():
         for budget in settings.budgets:
             wanted.append((setting.label, budget, EvictionConfig(**setting.fields, budget=budget, window=window)))

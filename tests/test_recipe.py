@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, MistralConfig, MistralForCausalLM
 from vkvtrain import EvictionConfig
 from vkvtrain.tiny import MODEL_PATH
 from vkvtrain.tiny.task import problem
-from vkvtrain.training import loop, overrides
+from vkvtrain.training import models, overrides
 from vkvtrain.training.data import Row
 from vkvtrain.training.overrides import apply_overrides, load_recipe, parse_command, resolve, setting_names
 from vkvtrain.training.plan import expected_evictions
@@ -211,7 +211,7 @@ def refused(finetune, capsys, monkeypatch):
     def no_model(*_, **__):
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(loop.AutoModelForCausalLM, "from_pretrained", no_model)
+    monkeypatch.setattr(models.AutoModelForCausalLM, "from_pretrained", no_model)
 
     def call(*arguments):
         status = finetune([str(argument) for argument in arguments])

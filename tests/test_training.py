@@ -27,9 +27,10 @@ from vkvtrain import EvictionConfig, simulated_eviction
 from vkvtrain.events import evictions_by
 from vkvtrain.tiny import MODEL_PATH
 from vkvtrain.training import loop, objectives
-from vkvtrain.training.data import collate, load_data, sample
+from vkvtrain.training.data import TrainingData, collate, load_data, sample
 from vkvtrain.training.launch import asked_of_accelerate, asked_processes, check_world_size
-from vkvtrain.training.loop import load_model, step_rows, train, train_step
+from vkvtrain.training.loop import Run, prepare, step_rows, train, train_step
+from vkvtrain.training.models import load_model
 from vkvtrain.training.objectives import forward_kl, response_logits, teacher_logits
 from vkvtrain.training.overrides import load_recipe
 from vkvtrain.training.schedule import is_dense, step_eviction
@@ -360,7 +361,7 @@ def trained(source, tmp_path):
         source, tmp_path / "run", EVICTED, training={"objective": "distill", "ce_weight": 0.3, "global_batch": 6}
     )
     torch.manual_seed(0)
-    model = load_model(settings, str(MODEL_PATH))
+    model = load_model(settings)
     for name, weight in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(weight, std=0.05)
@@ -393,14 +394,15 @@ def test_the_teacher_is_the_base_model_with_the_full_cache(trained):
 
 def test_distillation_is_the_sum_of_both_losses_and_trains_the_adapter_alone(trained):
     settings, model, _, batch = trained
-    config, accelerator = settings.eviction_configs()[0], Accelerator()
+    config = settings.eviction_configs()[0]
+    run = prepare(settings, Accelerator(), model, TrainingData([], [], 0), tokenizer=None)
     trainable = {name for name, weight in model.named_parameters() if weight.requires_grad}
     with torch.no_grad(), simulated_eviction(model, config, batch.prompt_lengths, batch.streams):
         student = response_logits(model, batch)
     cross = cross_entropy(student.double(), batch.targets, reduction="sum")
     expected = naive_kl(student, base_logits(batch)) + 0.3 * cross
     with simulated_eviction(model, config, batch.prompt_lengths, batch.streams) as trace:
-        loss = loop.objective(settings, accelerator, model, batch, trace)
+        loss = loop.objective(run, batch, trace)
         loss.backward()
     assert sum(len(row.events) for row in trace.rows) > 0
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
@@ -571,7 +573,7 @@ def test_gradients_are_clipped_to_the_norm(source, tmp_path):
     """Adam forgets the scale of all gradients, so the clipped gradient itself is looked at."""
     settings = recipe(source, tmp_path / "run", optim={"max_grad_norm": 0.25})
     torch.manual_seed(0)
-    model, accelerator = load_model(settings, str(MODEL_PATH)), Accelerator()
+    model, accelerator = load_model(settings), Accelerator()
     seen = []
 
     class Recorder(torch.optim.SGD):
@@ -580,14 +582,16 @@ def test_gradients_are_clipped_to_the_norm(source, tmp_path):
             seen.append(torch.stack([grad.norm() for grad in grads]).norm().item())
 
     optimizer = Recorder([weight for weight in model.parameters() if weight.requires_grad], lr=1.0)
-    data = load_data(settings.data, AutoTokenizer.from_pretrained(str(MODEL_PATH)))
-    logged = train_step(settings, accelerator, model, optimizer, data, 0, None, 0)
+    tokenizer = AutoTokenizer.from_pretrained(str(MODEL_PATH))
+    logged = train_step(
+        Run(settings, accelerator, model, optimizer, None, load_data(settings.data, tokenizer), tokenizer)
+    )
     assert logged["grad_norm"] > 0.5
     assert seen == pytest.approx([0.25], rel=1e-4)
 
 
 def test_the_adapter_is_float32_whatever_the_base_is(source, tmp_path):
-    model = load_model(recipe(source, tmp_path, model={"dtype": "bfloat16"}), str(MODEL_PATH))
+    model = load_model(recipe(source, tmp_path, model={"dtype": "bfloat16"}))
     kinds = {("lora_" in name, weight.dtype, weight.requires_grad) for name, weight in model.named_parameters()}
     assert kinds == {(True, torch.float32, True), (False, torch.bfloat16, False)}
 

@@ -30,9 +30,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from vkvtrain import EvictionCache, EvictionConfig, simulated_eviction
 from vkvtrain.evaluation.metrics import interval, paired_interval
-from vkvtrain.training.checkpoints import FINISHED
 from vkvtrain.training.data import Row, collate, read_jsonl, tokenise
 from vkvtrain.training.objectives import response_logits, sft_loss
+from vkvtrain.training.run_directory import FINISHED
 
 ROOT = Path(__file__).parents[2]
 RECIPES = {"dense_lora": "recipes/smollm2/dense.yaml", "eviction_lora": "recipes/smollm2/vase.yaml"}

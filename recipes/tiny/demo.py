@@ -25,7 +25,7 @@ from rich.table import Table
 
 from vkvtrain.evaluation.metrics import interval, paired_interval
 from vkvtrain.tiny import MODEL_PATH
-from vkvtrain.training.checkpoints import FINISHED
+from vkvtrain.training.run_directory import FINISHED
 
 ROOT = Path(__file__).parents[2]
 RECIPES = {"eviction_lora": "recipes/tiny/vase.yaml", "dense_lora": "recipes/tiny/dense.yaml"}

@@ -1,30 +1,55 @@
-"""The training loop: plain Accelerate, one function a stage. Its oracle in the tests is `transformers.Trainer`."""
+"""The training loop: plain Accelerate, one function a stage. Its oracle in the tests is `transformers.Trainer`.
 
-import json
+A run is what `Run` holds. A step is a function of the run and its number: the rows, their order, the eviction setting,
+the noise and the dropout all follow from (recipe, step), so a run can be cut at any step and continued. Data,
+objective, log and run directory each have their module.
+"""
+
 import math
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from peft import LoraConfig, get_peft_model
-from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler
+from transformers import get_scheduler
 
-from vkvtrain.attention import Trace, simulated_eviction
-from vkvtrain.config import EvictionConfig
-from vkvtrain.support import ATTENTION, layer_kinds
-from vkvtrain.tiny import MODEL_PATH
-from vkvtrain.training.checkpoints import check_output, finish_run, start_run
+from vkvtrain.attention import Trace
 from vkvtrain.training.data import Batch, Row, TrainingData, collate, load_data, sample
+from vkvtrain.training.held_out import held_out_losses
 from vkvtrain.training.launch import asked_processes, check_world_size
+from vkvtrain.training.logs import Log
+from vkvtrain.training.models import load_model, load_tokenizer
 from vkvtrain.training.objectives import forward_kl, response_logits, sft_loss, teacher_logits
+from vkvtrain.training.passes import simulation, what_happened
 from vkvtrain.training.plan import plan
+from vkvtrain.training.run_directory import check_output, finish_run, start_run
 from vkvtrain.training.schedule import step_eviction
 from vkvtrain.training.settings import Recipe
+
+
+@dataclass
+class Run:
+    """A training run between two steps."""
+
+    recipe: Recipe
+    accelerator: Accelerator
+    model: Any
+    """The adapted model as `accelerator.prepare` returns it."""
+    optimizer: Any
+    scheduler: Any
+    data: TrainingData
+    tokenizer: Any
+    step: int = 0
+    """Finished optimiser steps, which is also the number of the next one, from 0."""
+
+    @property
+    def pad(self) -> int:
+        """Token that fills a batch up; it is masked."""
+        pad = self.tokenizer.pad_token_id
+        return self.tokenizer.eos_token_id if pad is None else pad
 
 
 def train(recipe: Recipe, dry_run: bool = False, overwrite: bool = False) -> None:
@@ -45,20 +70,28 @@ def train(recipe: Recipe, dry_run: bool = False, overwrite: bool = False) -> Non
     )
     check_world_size(recipe, accelerator.num_processes)
     set_seed(recipe.seed)
-    name = str(MODEL_PATH) if recipe.model.name == "tiny" else recipe.model.name
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=recipe.model.revision or "main")
-    except OSError as error:
-        raise ValueError(f"model.name {name!r} cannot be loaded: {' '.join(str(error).split())}") from None
+    tokenizer = load_tokenizer(recipe)
     data = load_data(recipe.data, tokenizer)
-    model = load_model(recipe, name)
+    model = load_model(recipe)
     if accelerator.is_main_process:
         print(plan(recipe, data, tokenizer, model, accelerator.num_processes, asked_processes()), flush=True)
     if dry_run:
         return
-    log = start_run(recipe) if accelerator.is_main_process else None
-    if recipe.log.tracker != "none":
-        accelerator.init_trackers("vkvtrain")
+    if accelerator.is_main_process:
+        start_run(recipe)
+    run = prepare(recipe, accelerator, model, data, tokenizer)
+    log = Log(recipe, accelerator)
+    while run.step < recipe.training.steps:
+        log.write(next_step(run))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        finish_run(recipe, accelerator.unwrap_model(run.model), tokenizer)
+        print(f"adapter written to {recipe.output}")
+    log.close()
+
+
+def prepare(recipe: Recipe, accelerator: Accelerator, model: Any, data: TrainingData, tokenizer: Any) -> Run:
+    """The run before its first step."""
     optim = recipe.optim
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
@@ -70,52 +103,22 @@ def train(recipe: Recipe, dry_run: bool = False, overwrite: bool = False) -> Non
     )
     model, optimizer = accelerator.prepare(model, optimizer)
     model.train()  # as loaded it evaluates: neither dropout nor checkpointing
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    bar = tqdm(
-        total=recipe.training.steps, disable=not accelerator.is_main_process, desc=recipe.output.name, mininterval=2
-    )
-    for step in range(recipe.training.steps):
-        began = time.monotonic()
-        config = step_eviction(recipe, step)
-        row = train_step(recipe, accelerator, model, optimizer, data, step, config, pad)
-        row |= {"step": step + 1, "learning_rate": scheduler.get_last_lr()[0]}
-        scheduler.step()
-        row["tokens_per_second"] = round(row.pop("tokens") / (time.monotonic() - began))
-        if data.held_out and ((step + 1) % recipe.log.evaluate_every == 0 or step + 1 == recipe.training.steps):
-            row |= held_out_losses(recipe, accelerator, model, data.held_out, pad)
-            if accelerator.is_main_process:
-                bar.write(json.dumps({key: row[key] for key in row if key.startswith("held_out") or key == "step"}))
-        if log is not None:
-            with log.open("a") as lines:
-                lines.write(json.dumps(row) + "\n")
-        if recipe.log.tracker != "none":
-            accelerator.log(row, step=step + 1)
-        bar.update()
-        bar.set_postfix(loss=f"{row['loss']:.4f}", refresh=False)
-    bar.close()
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        finish_run(recipe, accelerator.unwrap_model(model), tokenizer)
-        print(f"adapter written to {recipe.output}")
-    accelerator.end_training()
+    return Run(recipe, accelerator, model, optimizer, scheduler, data, tokenizer)
 
 
-def load_model(recipe: Recipe, name: str) -> Any:
-    """The base model with a fresh adapter; raises ValueError for a model that cannot evict."""
-    settings, lora = recipe.model, recipe.lora
-    model = AutoModelForCausalLM.from_pretrained(
-        name, revision=settings.revision or "main", dtype=settings.dtype, attn_implementation=ATTENTION
-    )
-    for config in recipe.eviction_configs():
-        layer_kinds(model.config, config)
-    if settings.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.enable_input_require_grads()
-    adapter = LoraConfig(
-        r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=lora.target_modules,
-        init_lora_weights=True if lora.init == "default" else lora.init, task_type="CAUSAL_LM",
-    )  # fmt: skip
-    return get_peft_model(model, adapter)
+def next_step(run: Run) -> dict[str, Any]:
+    """The next step, learning rate, clock and held-out losses included; returns its row of the log."""
+    recipe, began = run.recipe, time.monotonic()
+    # dropout is a function of the step and the rank, so a resumed run draws what one never stopped would have drawn
+    set_seed(recipe.seed + 1_000_003 * (run.step + 1) + run.accelerator.process_index)
+    row = train_step(run)
+    row |= {"step": run.step + 1, "learning_rate": run.scheduler.get_last_lr()[0]}
+    run.scheduler.step()
+    run.step += 1
+    row["tokens_per_second"] = round(row.pop("tokens") / (time.monotonic() - began))
+    if run.data.held_out and (run.step % recipe.log.evaluate_every == 0 or run.step == recipe.training.steps):
+        row |= held_out_losses(recipe, run.accelerator, run.model, run.data.held_out, run.pad)
+    return row
 
 
 def over_processes(accelerator: Accelerator, values: torch.Tensor) -> torch.Tensor:
@@ -131,38 +134,45 @@ def step_rows(recipe: Recipe, rows: list[Row], step: int, rank: int, processes: 
     return [(rows[index], epoch) for index, epoch in chosen]
 
 
-def train_step(
-    recipe: Recipe, accelerator: Accelerator, model: Any, optimizer: Any, data: TrainingData, step: int,
-    config: EvictionConfig | None, pad: int,
-) -> dict[str, Any]:  # fmt: skip
-    """One optimiser step over the global batch; returns what is logged."""
-    mine = step_rows(recipe, data.train, step, accelerator.process_index, accelerator.num_processes)
+def step_batches(run: Run) -> list[Batch]:
+    """This process's batches of the run's next step, as many as any other process has."""
+    recipe, accelerator = run.recipe, run.accelerator
+    mine = step_rows(recipe, run.data.train, run.step, accelerator.process_index, accelerator.num_processes)
     size = recipe.training.batch_per_device
     parts = [mine[start : start + size] for start in range(0, len(mine), size)]
-    counts = torch.tensor(
-        [sum(row.response_length for row, _ in mine), sum(row.length for row, _ in mine)], device=accelerator.device
-    )
-    targets, tokens = over_processes(accelerator, counts).tolist()
+    return [
+        collate([row for row, _ in part], [epoch for _, epoch in part], run.pad, accelerator.device) for part in parts
+    ]
+
+
+def train_step(run: Run) -> dict[str, Any]:
+    """The gradient of the global batch and one update of the adapter; returns what is logged of it."""
+    recipe, accelerator, model = run.recipe, run.accelerator, run.model
+    config = step_eviction(recipe, run.step)
+    batches = step_batches(run)
+    samples = [stream[0] for batch in batches for stream in batch.streams]
+    counts = [sum(len(batch.targets) for batch in batches), sum(int(batch.attention_mask.sum()) for batch in batches)]
+    targets, tokens = over_processes(accelerator, torch.tensor(counts, device=accelerator.device)).tolist()
     loss, seen = torch.zeros((), device=accelerator.device), torch.zeros(2, device=accelerator.device)
-    for number, part in enumerate(parts):
-        batch = collate([row for row, _ in part], [epoch for _, epoch in part], pad, accelerator.device)
-        last = number + 1 == len(parts)
+    for number, batch in enumerate(batches):
+        last = number + 1 == len(batches)
         with nullcontext() if last else accelerator.no_sync(model), simulation(model, config, batch) as trace:
-            summed = objective(recipe, accelerator, model, batch, trace)
+            summed = objective(run, batch, trace)
             # gradients are averaged over processes: divide by the mean token count, not by this process's own
             accelerator.backward(summed * accelerator.num_processes / targets)
             loss += summed.detach().float() / targets
         if trace is not None:
-            seen += torch.tensor(what_happened(trace, batch), device=accelerator.device) * len(part) / len(mine)
+            share = len(batch.streams) / len(samples)
+            seen += torch.tensor(what_happened(trace, batch), device=accelerator.device) * share
     total = over_processes(accelerator, loss).item()
     if not math.isfinite(total):
         raise FloatingPointError(
-            f"the loss of step {step + 1} is {total}; samples {[row.index for row, _ in mine]} on rank "
-            f"{accelerator.process_index}: lower optim.learning_rate, or look at these samples"
+            f"the loss of step {run.step + 1} is {total}; samples {samples} on rank {accelerator.process_index}: "
+            "lower optim.learning_rate, or look at these samples"
         )
     norm: Any = accelerator.clip_grad_norm_(model.parameters(), recipe.optim.max_grad_norm)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    run.optimizer.step()
+    run.optimizer.zero_grad(set_to_none=True)
     logged = {
         "loss": total,
         "grad_norm": float(norm),
@@ -177,53 +187,12 @@ def train_step(
     return logged
 
 
-@contextmanager
-def simulation(model: Any, config: EvictionConfig | None, batch: Batch) -> Iterator[Trace | None]:
-    """Simulated eviction of a batch, or nothing on a dense step."""
-    if config is None:
-        yield None
-        return
-    with simulated_eviction(model, config, batch.prompt_lengths, batch.streams) as trace:
-        yield trace
-
-
-def objective(recipe: Recipe, accelerator: Accelerator, model: Any, batch: Batch, trace: Trace | None) -> torch.Tensor:
+def objective(run: Run, batch: Batch, trace: Trace | None) -> torch.Tensor:
     """The loss of a batch, summed over its response tokens."""
-    if recipe.training.objective == "sft":
-        return sft_loss(response_logits(model, batch), batch)
+    settings = run.recipe.training
+    if settings.objective == "sft":
+        return sft_loss(response_logits(run.model, batch), batch)
     with trace.suspended() if trace is not None else nullcontext():
-        teacher = teacher_logits(accelerator.unwrap_model(model), batch)
-    student = response_logits(model, batch)
-    return forward_kl(student, teacher) + recipe.training.ce_weight * sft_loss(student, batch)
-
-
-def what_happened(trace: Trace, batch: Batch) -> tuple[float, float]:
-    """(evictions, share of its keys still held at its end) of the mean sample, over the evicting layers."""
-    plan_rows = trace.rows
-    events = sum(len(row.events) for row in plan_rows) / len(plan_rows)
-    real = batch.attention_mask.bool()[:, None]
-    width = batch.input_ids.shape[1]
-    shares = [((at > width) & real).sum(-1).float().mean(-1) / real.sum((-2, -1)) for at in trace.evict_at.values()]
-    return events, torch.stack(shares).mean().item()
-
-
-@torch.no_grad()
-def held_out_losses(
-    recipe: Recipe, accelerator: Accelerator, model: Any, rows: list[Row], pad: int
-) -> dict[str, float]:
-    """Loss per response token on the held-out rows: full cache, and evicted at each of the recipe's budgets."""
-    model.eval()
-    size = recipe.training.batch_per_device
-    settings: list[EvictionConfig | None] = [None, *recipe.eviction_configs()]
-    losses = {}
-    for config in settings:
-        summed = 0.0
-        for start in range(0, len(rows), size):
-            part = rows[start : start + size]
-            batch = collate(part, [0] * len(part), pad, accelerator.device)
-            with simulation(model, config, batch):
-                summed += sft_loss(response_logits(accelerator.unwrap_model(model), batch), batch).item()
-        name = "full" if config is None else f"evicted_{config.budget}"
-        losses[f"held_out_loss_{name}"] = round(summed / sum(row.response_length for row in rows), 5)
-    model.train()
-    return losses
+        teacher = teacher_logits(run.accelerator.unwrap_model(run.model), batch)
+    student = response_logits(run.model, batch)
+    return forward_kl(student, teacher) + settings.ce_weight * sft_loss(student, batch)

@@ -12,6 +12,7 @@ import yaml
 from vkvtrain.training.settings import Recipe
 
 FINISHED = "adapter_model.safetensors"
+METRICS = "metrics.jsonl"
 
 
 def check_output(directory: Path, overwrite: bool) -> None:
@@ -32,15 +33,13 @@ def environment() -> dict[str, Any]:
     }
 
 
-def start_run(recipe: Recipe) -> Path:
-    """Write what is known before training; returns the path of the log."""
+def start_run(recipe: Recipe) -> None:
+    """Write what is known before training, and begin the log."""
     recipe.output.mkdir(parents=True, exist_ok=True)
     (recipe.output / FINISHED).unlink(missing_ok=True)
     (recipe.output / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
     (recipe.output / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n")
-    log = recipe.output / "metrics.jsonl"
-    log.write_text("")
-    return log
+    (recipe.output / METRICS).write_text("")
 
 
 def finish_run(recipe: Recipe, model: Any, tokenizer: Any) -> None:

@@ -13,7 +13,12 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import causal_mask_function, sdpa_mask, sliding_window_overlay
+from transformers.masking_utils import (
+    causal_mask_function,
+    packed_sequence_mask_function,
+    sdpa_mask,
+    sliding_window_overlay,
+)
 
 from vkvtrain.attention.simulation import Trace, simulation_of, simulation_of_config
 from vkvtrain.cache import RowLayer, layer_of
@@ -96,25 +101,38 @@ def attention_mask(*args: Any, **kwargs: Any) -> Tensor | None:
     """What `sdpa_mask` makes; in a simulation the two-dimensional mask itself, never one of S^2 elements.
 
     Raises:
-        ValueError: in a simulation, a mask that two dimensions cannot say (packed documents, custom patterns).
+        ValueError: in a simulation, a mask that two dimensions cannot say: custom patterns, or documents that the
+            simulation was not told of.
     """
     config = kwargs.get("config")
-    if config is None or simulation_of_config(config) is None:
+    simulation = None if config is None else simulation_of_config(config)
+    if simulation is None:
         return sdpa_mask(*args, **kwargs)
-    function = kwargs.get("mask_function", causal_mask_function)
-    if function is not causal_mask_function and not _is_sliding_window(function):
+    if not _is_known(kwargs.get("mask_function", causal_mask_function), simulation.is_packed):
         raise ValueError(
-            "simulated_eviction takes one right-padded sequence a row: packed sequences and custom mask patterns are "
-            "not supported, pass a two-dimensional attention_mask"
+            "simulated_eviction takes right-padded rows: name the documents of packed sequences by documents=, and "
+            "pass a two-dimensional attention_mask instead of custom mask patterns"
         )
     return kwargs.get("attention_mask")
 
 
-def _is_sliding_window(function: Callable[..., Any]) -> bool:
-    """Whether a mask function is `sliding_window_causal_mask_function`'s and nothing more."""
-    parts = inspect.getclosurevars(function).nonlocals.get("mask_functions", ())
-    overlay = sliding_window_overlay(1).__qualname__
-    return len(parts) == 2 and parts[0].__qualname__ == overlay and parts[1] is causal_mask_function
+_SLIDING = sliding_window_overlay(1).__qualname__
+_PACKED = packed_sequence_mask_function(torch.zeros(0)).__qualname__
+_REMAPPED = "remap_positions_for_packed_sequence."
+"""Newer transformers wrap what is to be evaluated within documents."""
+
+
+def _is_known(function: Callable[..., Any], is_packed: bool) -> bool:
+    """Whether a mask function is made of nothing but causality, a sliding window and, if told so, packed documents."""
+    if function is causal_mask_function:
+        return True
+    inner = inspect.getclosurevars(function).nonlocals
+    name = function.__qualname__
+    if name.startswith("and_masks."):
+        return all(_is_known(part, is_packed) for part in inner["mask_functions"])
+    if name.startswith(_REMAPPED):
+        return is_packed and _is_known(inner["mask_function"], is_packed)
+    return name == _SLIDING or (is_packed and name == _PACKED)
 
 
 def register() -> None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from vkvtrain.attention import reference, segments, sliding
+from vkvtrain.attention.packing import Layout, checked_documents
 from vkvtrain.config import EvictionConfig
 from vkvtrain.events import Chunks, normalise_chunks
 from vkvtrain.lifetimes import Plan, Row, lifetimes, make_plan, never_evicted
@@ -50,13 +51,13 @@ def simulation_of(module: nn.Module) -> "Trace | None":
             )
         del _simulations[module]
         return None
-    return None if trace.is_suspended else trace
+    return trace if trace.attends else None
 
 
 def simulation_of_config(config: Any) -> "Trace | None":
     """The open simulation of a model, by its configuration object."""
     trace = _by_config.get(id(config))
-    return None if trace is None or trace.is_suspended else trace
+    return trace if trace is not None and trace.attends else None
 
 
 def in_backward() -> bool:
@@ -69,7 +70,8 @@ class Trace:
 
     Attributes:
         evict_at: of each layer that has run, int64 [B, Hkv, S]: the first query position that no longer sees the key;
-            S + 1 where never, 0 at padding.
+            S + 1 where never, 0 at padding. Of a packed batch [documents, Hkv, longest document], positions within the
+            document.
         backend: the attention backend in use.
         closed: whether the block has been left.
     """
@@ -81,6 +83,7 @@ class Trace:
         prompts: Sequence[int | Chunks],
         streams: Sequence[Stream] | None,
         backend: str,
+        documents: Sequence[Sequence[int]] | None = None,
     ) -> None:
         self.evict_at: dict[int, Tensor] = {}
         self.backend = backend
@@ -91,17 +94,28 @@ class Trace:
         self._prompts = prompts
         self._streams = range(len(prompts)) if streams is None else streams
         self._selector = Selector(config) if config.evicts else None
-        self._plan: Plan | None = None
-        self._plans: dict[torch.device, Plan] = {}
+        self._documents = documents
+        self._shape: tuple[int, int] | None = None
+        self._plans: dict[torch.device, tuple[Plan, Layout | None]] = {}
 
     @property
     def rows(self) -> list[Row]:
-        """Lengths and events of the rows of the pass, once it has run."""
-        return [] if self._plan is None else self._plan.rows
+        """Lengths and events of the rows of the pass (of the documents, if packed), once it has run."""
+        return next((plan.rows for plan, _ in self._plans.values()), [])
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether the rows hold several documents each."""
+        return self._documents is not None
+
+    @property
+    def attends(self) -> bool:
+        """Whether attention is the simulation's now: also while it is suspended, if it keeps documents apart."""
+        return self.is_packed or not self.is_suspended
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
-        """Attention is full inside: for a teacher's forward pass, without gradients."""
+        """Attention is full inside (packed documents stay apart): for a teacher's forward pass, without gradients."""
         self.is_suspended = True
         try:
             yield
@@ -114,20 +128,34 @@ class Trace:
         """Attention output [B, S, Hq, D] of a layer; decides its `evict_at` unless this is a recomputation."""
         if query.shape[2] != key.shape[2]:
             raise ValueError("simulated_eviction needs the whole sequence in one pass: leave past_key_values out")
-        if layer in self.evict_at and not in_backward():
+        if layer in self.evict_at and not self.is_suspended and not in_backward():
             raise RuntimeError(
                 f"layer {layer} ran twice in one simulated_eviction block: open a block for each forward pass, and run "
                 "a teacher before it or inside trace.suspended()"
             )
-        kind, plan = self._kinds[layer], self._plan_of(mask, key.shape[0], key.shape[2], key.device)
-        if not kind.evicts:
+        plan, layout = self._plan_of(mask, key.shape[0], key.shape[2], key.device)
+        if layout is None:
+            return self._attend_rows(layer, query, key, value, plan, form)
+        query, key, value = layout.apart(query), layout.apart(key), layout.apart(value)
+        return layout.together(self._attend_rows(layer, query, key, value, plan, form))
+
+    def _attend_rows(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, plan: Plan, form: LogitForm
+    ) -> Tensor:
+        """The same for one sequence a row."""
+        kind = self._kinds[layer]
+        if self.is_suspended or not kind.evicts:
             plan = plan.without_events()
-        if layer not in self.evict_at:
-            self.evict_at[layer] = self._decide(layer, query, key, value, plan, form)
+        if self.is_suspended:
+            evict_at = never_evicted(plan, key.shape[1])
+        elif layer in self.evict_at:
+            evict_at = self.evict_at[layer]
+        else:
+            evict_at = self.evict_at[layer] = self._decide(layer, query, key, value, plan, form)
         if kind.sliding_window is not None:
             attend = reference.attend_sliding if self.backend == "reference" else sliding.attend
             return attend(query, key, value, kind.sliding_window, plan, form)
-        return BACKENDS[self.backend](query, key, value, self.evict_at[layer], plan, form)
+        return BACKENDS[self.backend](query, key, value, evict_at, plan, form)
 
     def _decide(self, layer: int, query: Tensor, key: Tensor, value: Tensor, plan: Plan, form: LogitForm) -> Tensor:
         if not self._kinds[layer].evicts:
@@ -135,20 +163,26 @@ class Trace:
         assert self._selector is not None
         return lifetimes(query, key, value, plan, self._selector, layer, form)
 
-    def _plan_of(self, mask: Tensor | None, rows: int, width: int, device: torch.device) -> Plan:
-        """The plan of the pass on a layer's device: with a device map the layers lie on several."""
-        if self._plan is None:
-            if rows != len(self._prompts):
+    def _plan_of(
+        self, mask: Tensor | None, rows: int, width: int, device: torch.device
+    ) -> tuple[Plan, "Layout | None"]:
+        """Plan and layout of the pass on a layer's device: with a device map the layers lie on several."""
+        if self._shape is None:
+            lengths = [width] * rows if mask is None else _right_padded_lengths(mask, rows, width)
+            layout = None if self._documents is None else Layout(self._documents, lengths, width)
+            if layout is None and rows != len(self._prompts):
                 raise ValueError(
                     f"prompt_lengths has {len(self._prompts)} entries for a batch of {rows} rows: give one each"
                 )
-            lengths = [width] * rows if mask is None else _right_padded_lengths(mask, rows, width)
-            self._plan = make_plan(self._config, self._prompts, self._streams, lengths, width, device)
-            self._plans[device] = self._plan
-        elif self._plan.width != width or len(self._plan.rows) != rows:
+            its = (lengths, width) if layout is None else (layout.documents, layout.longest)
+            plan = make_plan(self._config, self._prompts, self._streams, *its, device)
+            self._shape = (rows, width)
+            self._plans[device] = (plan, layout and layout.on(device))
+        elif self._shape != (rows, width):
             raise ValueError("the layers of one simulated pass saw batches of different shapes")
         if device not in self._plans:
-            self._plans[device] = self._plan.on(device)
+            plan, layout = next(iter(self._plans.values()))
+            self._plans[device] = (plan.on(device), layout and layout.on(device))
         return self._plans[device]
 
 
@@ -188,6 +222,7 @@ def simulated_eviction(
     prompt_lengths: Sequence[int | Chunks],
     streams: Sequence[Stream] | None = None,
     backend: str = "auto",
+    documents: Sequence[Sequence[int]] | None = None,
 ) -> Iterator[Trace]:
     """Within the block, one forward pass of `model` sees what decoding with `EvictionCache` would see.
 
@@ -200,6 +235,9 @@ def simulated_eviction(
             append without eviction.
         streams: names each row's randomness, ints or tuples of ints; default 0, 1, ...
         backend: `segments`, `reference`, or `auto` (the fastest here; never `reference`).
+        documents: of each row the token lengths of the documents packed into it, in order, such as [[12, 9], [30]];
+            `prompt_lengths` and `streams` then have one entry for each document. Documents do not see each other, and
+            each is evicted as if it were alone. The caller's position_ids start again at 0 in each document.
 
     Yields:
         The trace: `evict_at` of each layer, `suspended()` for a teacher's pass.
@@ -218,6 +256,8 @@ def simulated_eviction(
             raise ValueError(f"streams has {len(streams)} entries for {len(prompts)} prompt_lengths: give one each")
         for stream in streams:
             stream_key(config.seed, stream)
+    if documents is not None:
+        documents = checked_documents(documents, prompts)
     modules = attention_modules(model)
     if not modules:
         raise ValueError("simulated_eviction found no attention layers in the model: pass a transformers decoder model")
@@ -228,7 +268,7 @@ def simulated_eviction(
         outer = _simulations.get(module)
         if outer is not None and not outer.closed:
             raise RuntimeError("the model is in a simulated_eviction block already: leave that one first")
-    trace = Trace(config, kinds, prompts, streams, "segments" if backend == "auto" else backend)
+    trace = Trace(config, kinds, prompts, streams, "segments" if backend == "auto" else backend, documents)
     configs = {id(module.config): module.config for module in modules}  # kept alive by the modules
     _simulations.update(dict.fromkeys(modules, trace))
     _by_config.update(dict.fromkeys(configs, trace))

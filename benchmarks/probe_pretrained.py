@@ -34,7 +34,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from vkvtrain import EvictionConfig, simulated_eviction
-from vkvtrain.evaluation.metrics import interval, paired_interval
+from vkvtrain.ablation.statistics import interval, paired_interval
 from vkvtrain.events import evictions_by
 from vkvtrain.policies import POLICIES
 

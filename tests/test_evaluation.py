@@ -13,7 +13,7 @@ from lm_eval.tasks import TaskManager
 
 from vkvtrain import EvictionConfig, cli
 from vkvtrain.evaluation.lm import RECORD, EvictionLM, check_generation, take_eviction_config
-from vkvtrain.evaluation.metrics import interval, is_looping, paired_interval
+from vkvtrain.evaluation.metrics import is_looping
 from vkvtrain.events import evictions_by, peak_entries
 from vkvtrain.tiny import MODEL_PATH
 from vkvtrain.tiny.task import problem
@@ -161,22 +161,6 @@ def test_looping():
     assert not is_looping([7] * 15)
     assert not is_looping([*[4, 5, 6, 7] * 4, 8])
     assert not is_looping(list(range(200)))
-
-
-def test_intervals():
-    mixed = interval([0.0, 1.0] * 100)
-    assert mixed["low"] < mixed["value"] == 0.5 < mixed["high"]
-    assert mixed["high"] - mixed["low"] == pytest.approx(2 * 1.96 * (0.25 / 200) ** 0.5, rel=0.1)
-    assert interval([0.0, 1.0] * 100) == mixed  # seeded
-    perfect = interval([1.0] * 100)
-    assert perfect["value"] == perfect["high"] == 1
-    assert 0.95 < perfect["low"] < 0.97  # Wilson's interval: a perfect sample is no proof of a perfect model
-    ours, theirs = [1.0, 1.0, 1.0, 0.0] * 50, [0.0, 1.0, 0.0, 0.0] * 50
-    paired = paired_interval(ours, theirs)
-    assert 0.4 < paired["low"] < paired["value"] == 0.5 < paired["high"] < 0.6
-    assert paired_interval(ours, ours)["value"] == 0
-    with pytest.raises(ValueError, match="same problems"):
-        paired_interval(ours, theirs[1:])
 
 
 def test_every_task_file_loads():

@@ -29,7 +29,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from vkvtrain import EvictionCache, EvictionConfig, simulated_eviction
-from vkvtrain.evaluation.metrics import interval, paired_interval
+from vkvtrain.ablation.statistics import interval, paired_interval
 from vkvtrain.training.data import Row, collate, read_jsonl, tokenise
 from vkvtrain.training.objectives import response_logits, sft_loss
 from vkvtrain.training.run_directory import FINISHED

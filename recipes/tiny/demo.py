@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from vkvtrain.evaluation.metrics import interval, paired_interval
+from vkvtrain.ablation.statistics import interval, paired_interval
 from vkvtrain.tiny import MODEL_PATH
 from vkvtrain.training.run_directory import FINISHED
 

@@ -1,1 +1,1 @@
-"""Evaluation under eviction: the lm-eval model, metrics and intervals."""
+"""Evaluation under eviction: the lm-eval model and its metrics."""

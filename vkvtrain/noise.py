@@ -1,5 +1,7 @@
 """Counter-based random numbers: a pure function of (seed, stream, layer, KV head, event, position).
 
+Where the next token is drawn, of (seed, stream, position, token).
+
 Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) on int64 tensors, so the integers
 are bit-equal on every device and in every batch layout. The 64-bit key is a hash of seed and stream; the four counter
 words are position, event, layer and KV head, so no two numbers of a sequence share a counter.
@@ -23,6 +25,8 @@ _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _PROJECTION_HEAD = _MASK
 """Counter word of draws that all KV heads share; no KV head has this index."""
+_TOKEN_HEAD = _MASK - 1
+"""Counter word of the draws that choose the next token, likewise."""
 
 
 def canonical_stream(stream: Stream) -> tuple[int, ...]:
@@ -91,6 +95,18 @@ def philox(counter: Sequence[Tensor | int], key: tuple[Tensor, Tensor]) -> tuple
 def _unit(high: Tensor, low: Tensor) -> Tensor:
     """Two 32-bit words as a float64 strictly between 0 and 1 (52 random bits, centred)."""
     return (((high >> 6) * 2**26 + (low >> 6)).double() + 0.5) * 2.0**-52
+
+
+def token_gumbel(key: tuple[Tensor, Tensor], position: Tensor, tokens: Tensor) -> Tensor:
+    """Standard Gumbel noise of the tokens that may come next, float64 [N, C].
+
+    Args:
+        key: Philox key words of the sequences, int64 [N].
+        position: the place that the token will take in its sequence, int64 [N].
+        tokens: int64 [N, C].
+    """
+    words = philox((tokens, position[:, None], 0, _TOKEN_HEAD), (key[0][:, None], key[1][:, None]))
+    return -torch.log(-torch.log(_unit(words[0], words[1])))
 
 
 @dataclass(frozen=True)

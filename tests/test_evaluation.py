@@ -12,8 +12,8 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from vkvtrain import EvictionConfig, cli
-from vkvtrain.evaluation.lm import RECORD, EvictionLM, check_generation, take_eviction_config
-from vkvtrain.evaluation.metrics import is_looping
+from vkvtrain.evaluation.lm import EvictionLM, check_generation, take_eviction_config
+from vkvtrain.evaluation.records import RECORD
 from vkvtrain.events import evictions_by, peak_entries
 from vkvtrain.tiny import MODEL_PATH
 from vkvtrain.tiny.task import problem
@@ -97,7 +97,7 @@ def test_repeats_have_their_own_randomness():
     records = asked[0].args[1][RECORD]
     assert [record["stream"] for record in records] == [[0, 0], [0, 1]]
     assert records[0]["text"] != records[1]["text"]
-    assert len(lm.records) == 2
+    assert lm.run.generations == 2
 
 
 def test_a_budget_that_was_never_reached_is_loud(caplog):
@@ -113,13 +113,6 @@ def test_a_prompt_that_is_cut_says_so(caplog):
     with caplog.at_level(logging.WARNING):
         generate(model(), requests(lengths=(16,), max_gen_toks=480))
     assert "cut to their last 32 tokens" in caplog.text
-
-
-def test_scoring_is_refused_under_eviction():
-    request = Instance("loglikelihood", {}, ("a", "b"), idx=0, metadata=("tiny", 0, 1))
-    with pytest.raises(ValueError, match="use a task that generates"):
-        model(**EVICTED).loglikelihood([request])
-    assert model().loglikelihood([request], disable_tqdm=True)[0][0] < 0
 
 
 @pytest.mark.parametrize(
@@ -152,15 +145,6 @@ def test_generation_that_cannot_evict_is_refused(setting):
     with pytest.raises(ValueError, match=next(iter(setting))):
         check_generation(setting)
     check_generation({"num_beams": 1, "do_sample": True})
-
-
-def test_looping():
-    assert is_looping([7] * 16)
-    assert is_looping([1, 2, 3, *[4, 5, 6, 7] * 4])
-    assert is_looping([9, *range(64)] + list(range(64)) * 3)
-    assert not is_looping([7] * 15)
-    assert not is_looping([*[4, 5, 6, 7] * 4, 8])
-    assert not is_looping(list(range(200)))
 
 
 def test_every_task_file_loads():

@@ -1,4 +1,4 @@
-"""The lm-eval model `vkv`: an `HFLM` whose generation uses the evicting cache.
+"""The lm-eval model `vkv`: an `HFLM` that generates with the evicting cache and scores under simulated eviction.
 
 Model arguments are HFLM's and the fields of `EvictionConfig` (`policy=vase_attnv,budget=64,window=16`), or
 `eviction_config=<directory or repository>`. Without either the cache is full. A PEFT directory's own
@@ -8,6 +8,7 @@ settings.
 
 import hashlib
 import logging
+import time
 from bisect import bisect_left
 from collections.abc import Sequence
 from typing import Any
@@ -19,30 +20,37 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from vkvtrain.cache import EvictionCache
 from vkvtrain.config import EvictionConfig
-from vkvtrain.evaluation.metrics import is_looping
-from vkvtrain.events import evictions_by, peak_entries
+from vkvtrain.evaluation.records import (
+    RECORD,
+    Generation,
+    Run,
+    Score,
+    attach,
+    distinct,
+    generation_record,
+    no_eviction,
+    sequence_record,
+    texts,
+    totals,
+)
+from vkvtrain.evaluation.scoring import Continuation, batches, score
+from vkvtrain.evaluation.thinking import final_answer
+from vkvtrain.noise import canonical_stream
 from vkvtrain.support import ATTENTION, layer_kinds
 
 logger = logging.getLogger(__name__)
 
-RECORD = "vkvtrain"
-"""Key of a generation's record in the arguments of its logged sample."""
 _REFUSED = {
     "num_beams": "beam search reorders rows",
     "prompt_lookup_num_tokens": "assisted decoding crops the cache",
     "assistant_model": "assisted decoding crops the cache",
     "prefill_chunk_size": "the prompt must arrive at once",
 }
-
-
-class Generation(str):
-    """Generated text with the record of how it came about, which a task's `process_results` can read."""
-
-    record: dict[str, Any]
 
 
 def check_generation(kwargs: dict[str, Any]) -> None:
@@ -79,7 +87,7 @@ _HFLM: Any = HFLM  # lm-eval's registry leaves it without a type
 
 @register_model("vkv")
 class EvictionLM(_HFLM):
-    """`HFLM` that generates with `EvictionCache`."""
+    """`HFLM` that generates with `EvictionCache` and scores in a simulation of it."""
 
     def __init__(self, pretrained: str, **arguments: Any) -> None:
         self.eviction = take_eviction_config(arguments)
@@ -91,7 +99,8 @@ class EvictionLM(_HFLM):
             raise ValueError(f"pretrained={pretrained} cannot be loaded: {' '.join(str(error).split())}") from None
         layer_kinds(config, self.eviction)
         check_generation(own_generation_settings(pretrained, revision))
-        self.records: list[dict[str, Any]] = []
+        self.run = Run()
+        self.warnings: list[str] = []
         super().__init__(pretrained, backend="causal", **arguments)
         accelerator = Accelerator()
         if accelerator.num_processes > 1 and self._world_size == 1:
@@ -114,36 +123,35 @@ class EvictionLM(_HFLM):
 
         So greedy answers do not depend on the batch; sampled ones draw from one generator per batch. Each request's
         logged arguments gain a list of records (one a repeat): tokens, evictions, peak entries and bytes, counted to
-        the sample's own end.
+        the sample's own end (`vkvtrain.evaluation.records`).
         """
-        repeats: dict[int, int] = {}
+        began = time.perf_counter()
+        pairs, places = distinct(requests)
         jobs = []
-        for place, request in enumerate(requests):
-            repeat = repeats.get(id(request), 0)
-            repeats[id(request)] = repeat + 1
+        for place, (request, repeat) in enumerate(pairs):
             arguments: Any = request.args
-            settings = normalize_gen_kwargs(arguments[1], self.max_gen_toks)
+            settings: dict[str, Any] = {**normalize_gen_kwargs(arguments[1], self.max_gen_toks)}
+            settings.pop(RECORD, None)
             jobs.append((place, request, repeat, self.tok_encode(arguments[0]), settings))
         size = self.batch_size if isinstance(self.batch_size, int) else 16
         groups: dict[str, list[Any]] = {}
         for job in jobs:
             check_generation(job[4])
             groups.setdefault(repr(sorted(job[4].items(), key=lambda item: item[0])), []).append(job)
-        results: list[str] = [""] * len(requests)
+        results: list[Any] = [None] * len(jobs)
         bar = tqdm(total=len(jobs), disable=disable_tqdm or self.rank != 0, desc="generating", mininterval=2)
         for group in groups.values():
             group.sort(key=lambda job: -len(job[3]))
             for start in range(0, len(group), size):
                 batch = group[start : start + size]
-                for (place, request, repeat, *_), text in zip(batch, self._generate_batch(batch), strict=True):
+                for (place, *_), text in zip(batch, self._generate_batch(batch), strict=True):
                     results[place] = text
-                    if repeat < (request.repeats or 1):  # a lagging rank is given its last request again
-                        request.args[1].setdefault(RECORD, []).append(text.record)
-                        self.records.append(text.record)
                 bar.update(len(batch))
         bar.close()
-        self._report()
-        return results
+        for (request, _), text in zip(pairs, results, strict=True):
+            attach(request, text.record)
+        self._report("generate_until", [text.record for text in results], time.perf_counter() - began)
+        return [results[place] for place in places]
 
     def _generate_batch(self, batch: Sequence[Any]) -> list[Generation]:
         settings = dict(batch[0][4])
@@ -181,13 +189,30 @@ class EvictionLM(_HFLM):
             **settings,
         )
         texts = []
-        for prompt, tokens, stream in zip(prompts, out[:, width:].tolist(), streams, strict=True):
+        for job, prompt, tokens in zip(batch, prompts, out[:, width:].tolist(), strict=True):
             tokens, cut_off = self._own_tokens(tokens, ends, stops)
-            raw = self.tok_decode(tokens)
-            text = Generation(postprocess_generated_text(raw, until, self.think_end_token))
-            text.record = self._record(len(prompt), tokens, cut_off) | {"stream": list(stream), "text": raw}
-            texts.append(text)
+            texts.append(self._generation(job[1], job[2], len(prompt), tokens, cut_off, until))
         return texts
+
+    def _generation(
+        self, request: Instance, repeat: int, prompt: int, tokens: Sequence[int], cut_off: bool, until: Sequence[str]
+    ) -> Generation:
+        """A response as lm-eval wants it, before its stop strings, and with `think_end_token` after its thinking.
+
+        Args:
+            request: what was asked.
+            repeat: which repeat of it.
+            prompt: tokens of the prompt, as the model read them.
+            tokens: the response, its end token included.
+            cut_off: whether the limit ended it.
+            until: stop strings.
+        """
+        raw = self.tok_decode(tokens)
+        answer = final_answer(raw, str(request.args[0]), self.think_end_token, cut_off)
+        text = Generation(postprocess_generated_text(answer if self.think_end_token else raw, list(until), None))
+        cache = sequence_record(self.model, self.eviction, prompt, prompt + len(tokens) - 1)
+        text.record = {"stream": [request.doc_id, repeat], **cache, **generation_record(tokens, raw, answer, cut_off)}
+        return text
 
     def _end_tokens(self) -> set[int]:
         """Tokens that end a generation: the tokenizer's, and the model's own (some have several)."""
@@ -207,59 +232,87 @@ class EvictionLM(_HFLM):
             return tokens[: bisect_left(range(len(tokens)), True, key=stopped)], False
         return tokens, end is None
 
-    def _record(self, prompt: int, tokens: list[int], cut_off: bool) -> dict[str, Any]:
-        """What happened to one sequence; its last token is never given to the cache."""
-        seen = prompt + len(tokens) - 1
-        evictions, peak = 0, seen
-        if self.eviction.budget is not None and self.eviction.evicts:
-            rule = (prompt, seen, self.eviction.budget, self.eviction.window)
-            evictions, peak = evictions_by(*rule), peak_entries(*rule)
-        held = [
-            min(seen, kind.sliding_window) if kind.sliding_window is not None else peak if kind.evicts else seen
-            for kind in layer_kinds(self.model.config, self.eviction)
-        ]
-        text = self.model.config.get_text_config(decoder=True)
-        head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        entry = text.num_key_value_heads * 2 * head_dim * self.model.dtype.itemsize
-        return {
-            "tokens": len(tokens),
-            "final_length": seen,
-            "evictions": evictions,
-            "peak_entries": peak,
-            "peak_kv_bytes": entry * sum(held),
-            "looping_or_cut_off": bool(cut_off or is_looping(tokens)),
-        }
-
-    def _report(self) -> None:
-        if self.eviction.evicts and not any(record["evictions"] for record in self.records):
-            logger.warning(
-                "NO EVICTION HAPPENED: no sequence exceeded budget %s, so this run measured the full cache",
-                self.eviction.budget,
-            )
-
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> Any:
-        self._refuse_scoring()
-        return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+        """(log-likelihood, whether it is greedy) of each (context, continuation); the context is a prompt.
+
+        Requests differ in nothing but their texts from lm-eval's own, the empty context included; they gain a record.
+        """
+        if self.enable_thinking:
+            raise ValueError(
+                "enable_thinking: this task scores continuations; use a task that generates, or leave it out"
+            )
+        jobs, places = distinct(requests)
+        rows = []
+        for request, repeat in jobs:
+            context, target = self._encode_request(*texts(request))
+            rows.append(Continuation(tuple(context), tuple(target), (request.doc_id or 0, repeat)))
+        answers = self._score(rows, disable_tqdm)
+        for (request, _), answer in zip(jobs, answers, strict=True):
+            attach(request, answer.record)
+        self._report("loglikelihood", [answer.record for answer in answers])
+        return [answers[place] for place in places]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> Any:
-        self._refuse_scoring()
-        return super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm)
-
-    def _refuse_scoring(self) -> None:
-        if self.eviction.evicts:
-            raise ValueError(
-                "this task scores continuations in one forward pass, where nothing is evicted: use a task that "
-                "generates, or policy=full"
+        """Log-likelihood of each text, in lm-eval's windows of `max_length`; a window's first token is its prompt."""
+        jobs, places = distinct(requests)
+        rows, owners = [], []
+        for job, (request, repeat) in enumerate(jobs):
+            windows = get_rolling_token_windows(
+                self.tok_encode(*texts(request)), self.prefix_token_id, self.max_length, context_len=1
             )
+            for window, (context, target) in enumerate(map(make_disjoint_window, windows)):
+                stream = (request.doc_id or 0, repeat, window)
+                rows.append(Continuation(tuple(context), tuple(target), stream, prompt=1))
+                owners.append(job)
+        answers = self._score(rows, disable_tqdm)
+        sums = [0.0] * len(jobs)
+        for job, answer in zip(owners, answers, strict=True):
+            sums[job] += answer[0]
+            attach(jobs[job][0], answer.record)
+        self._report("loglikelihood_rolling", [answer.record for answer in answers])
+        return [sums[place] for place in places]
+
+    def _encode_request(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Tokens of both; an empty context is the prefix token, unless the continuation begins with it (lm-eval's)."""
+        if context:
+            return self._encode_pair(context, continuation)
+        target = self.tok_encode(continuation, add_special_tokens=False)
+        return (target[:1], target[1:]) if target[:1] == [self.prefix_token_id] else ([self.prefix_token_id], target)
+
+    def _score(self, rows: Sequence[Continuation], disable_tqdm: bool) -> list[Score]:
+        answers: list[Any] = [None] * len(rows)
+        size = self.batch_size if isinstance(self.batch_size, int) else 16
+        bar = tqdm(total=len(rows), disable=disable_tqdm or self.rank != 0, desc="scoring", mininterval=2)
+        for batch in batches(rows, size, self.max_length):
+            own = [rows[place] for place in batch]
+            scores = score(self.model, self.eviction, own, self.max_length, self.softmax_dtype)
+            for place, row, found in zip(batch, own, scores, strict=True):
+                tokens, prompt = row.inputs(self.max_length)
+                answers[place] = answer = Score(found)
+                answer.record = sequence_record(self.model, self.eviction, prompt, len(tokens)) | {
+                    "stream": list(canonical_stream(row.stream)),
+                    "tokens": len(row.target),
+                }
+            bar.update(len(batch))
+        bar.close()
+        return answers
+
+    def _report(self, kind: str, records: Sequence[dict[str, Any]], seconds: float = 0.0) -> None:
+        """Add a kind of request to the run's totals, over all ranks, and say if nothing was evicted."""
+        parts = self.gather_object(totals(kind, records, seconds))
+        if parts is None:
+            return
+        of_all = Run()
+        of_all.add(parts)
+        self.run.add([of_all])
+        warning = no_eviction(kind, of_all, self.eviction)
+        if warning:
+            self.warnings.append(warning)
+            logger.warning(warning)
 
     def get_model_info(self) -> dict[str, Any]:
-        """HFLM's information, the eviction setting and what it did on this rank."""
-        evictions = sum(record["evictions"] for record in self.records)
-        info = {
-            "setting": self.eviction.model_dump(mode="json"),
-            "generations": len(self.records),
-            "evictions": evictions,
-        }
-        if self.eviction.evicts and self.records and not evictions:
-            info["warning"] = "no eviction happened"
+        """HFLM's information, the eviction setting and what it did, over all ranks."""
+        info = {"setting": self.eviction.model_dump(mode="json"), **self.run.summary()}
+        if self.warnings:
+            info["warning"] = "; ".join(self.warnings)
         return {**super().get_model_info(), "eviction": info}

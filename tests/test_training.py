@@ -27,9 +27,9 @@ from vkvtrain import EvictionConfig, simulated_eviction
 from vkvtrain.events import evictions_by
 from vkvtrain.tiny import MODEL_PATH
 from vkvtrain.training import loop, objectives
-from vkvtrain.training.data import TrainingData, collate, load_data, sample
+from vkvtrain.training.data import Row, TrainingData, collate, load_data, sample, step_batches
 from vkvtrain.training.launch import asked_of_accelerate, asked_processes, check_world_size
-from vkvtrain.training.loop import Run, prepare, step_rows, train, train_step
+from vkvtrain.training.loop import Run, prepare, train, train_step
 from vkvtrain.training.models import load_model
 from vkvtrain.training.objectives import forward_kl, response_logits, teacher_logits
 from vkvtrain.training.overrides import load_recipe
@@ -597,14 +597,18 @@ def test_the_adapter_is_float32_whatever_the_base_is(source, tmp_path):
 
 
 @pytest.mark.parametrize("processes", [1, 2, 4, 8])
-def test_the_global_batch_does_not_depend_on_the_processes(source, tmp_path, processes):
-    settings = recipe(source, tmp_path, training={"global_batch": 8})
-    rows = list(range(20))
+@pytest.mark.parametrize("packing", [False, True])
+def test_the_global_batch_does_not_depend_on_the_processes(source, tmp_path, processes, packing):
+    settings = recipe(source, tmp_path, data={"packing": packing}, training={"global_batch": 8, "batch_per_device": 2})
+    rows = [Row(index, range(1, 3 + 5 * index % 17), 1) for index in range(20)]
     for step in range(6):
-        parts = [step_rows(settings, rows, step, rank, processes) for rank in range(processes)]
-        assert {len(part) for part in parts} == {8 // processes}
-        together = sorted(pair for part in parts for pair in part)
-        assert together == sorted(sample(step * 8 + offset, 20, 0) for offset in range(8))
+        shares = [step_batches(settings, rows, step, rank, processes, 0, CPU) for rank in range(processes)]
+        assert len({len(share) for share in shares}) == 1  # as many forward passes in every process
+        streams = [stream for share in shares for batch in share for stream in batch.streams]
+        assert sorted(streams) == sorted(
+            (index, 0, epoch) for index, epoch in (sample(step * 8 + offset, 20, 0) for offset in range(8))
+        )
+        assert all(batch.input_ids.shape[0] <= 2 for share in shares for batch in share)
 
 
 def test_the_launch_is_checked(source, tmp_path, monkeypatch):

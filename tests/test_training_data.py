@@ -16,7 +16,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from vkvtrain import EvictionConfig
 from vkvtrain.tiny import MODEL_PATH, task
-from vkvtrain.training.data import Example, Row, collate, load_data, read_examples, read_jsonl, sample, tokenise
+from vkvtrain.training.data import Example, Record, Row, collate, load_data, sample, step_samples
+from vkvtrain.training.data.order import GROUP
+from vkvtrain.training.data.sources import read_jsonl, read_records
+from vkvtrain.training.data.templates import tokenise as tokenised
 from vkvtrain.training.settings import DataSettings
 
 
@@ -35,6 +38,10 @@ def merging_tokenizer(template=None, **special):
             single=template, special_tokens=[("<bos>", 0), ("<eos>", 1)]
         )
     return PreTrainedTokenizerFast(tokenizer_object=fast, **{"eos_token": "<eos>", **special})
+
+
+def tokenise(examples, tokenizer):
+    return list(tokenised(examples, tokenizer, DataSettings(source="x")))
 
 
 def examples(*pairs):
@@ -57,7 +64,10 @@ def test_rows_are_read_in_order_and_told_by_their_line(tmp_path):
     path.write_text(
         '{"prompt": "é", "completion": "1", "other": [2]}\n\n  \n{"completion": " ", "prompt": ""}\n', encoding="utf-8"
     )
-    assert list(read_jsonl(path)) == [Example("é", "1", f"{path}, row 1"), Example("", " ", f"{path}, row 4")]
+    assert list(read_jsonl(path)) == [
+        Record({"prompt": "é", "completion": "1", "other": [2]}, f"{path}, row 1", 0),
+        Record({"completion": " ", "prompt": ""}, f"{path}, row 4", 1),
+    ]
 
 
 def test_a_file_that_is_not_there(tmp_path):
@@ -146,6 +156,44 @@ def test_the_order_is_a_function_of_position_and_seed_alone():
     assert max(firsts.values()) - min(firsts.values()) < 120
 
 
+@given(st.integers(1, 60), st.integers(1, 8), st.integers(0, 3), st.booleans())
+def test_steps_are_slices_of_an_endless_order(rows, global_batch, seed, group):
+    """Grouped or not, every `GROUP` steps hold the rows of the endless order, each step as its own function."""
+    lengths = [(7 * row) % 13 + 1 for row in range(rows)]
+    steps = [step_samples(lengths, step, global_batch, seed, group) for step in range(2 * GROUP)]
+    assert all(len(step) == global_batch for step in steps)
+    for step in steps:
+        assert [lengths[row] for row, _ in step] == sorted((lengths[row] for row, _ in step), reverse=True)
+    for window in range(2):
+        first = window * GROUP * global_batch
+        expected = [sample(first + offset, rows, seed) for offset in range(GROUP * global_batch)]
+        found = [one for step in steps[window * GROUP : (window + 1) * GROUP] for one in step]
+        assert sorted(found) == sorted(expected)
+    backwards = [step_samples(lengths, step, global_batch, seed, group) for step in reversed(range(2 * GROUP))]
+    assert backwards[::-1] == steps
+
+
+def test_without_grouping_a_step_is_its_slice_of_the_permutations():
+    for step in range(9):
+        chosen = [sample(step * 6 + offset, 20, 3) for offset in range(6)]
+        assert sorted(step_samples([5] * 20, step, 6, 3)) == sorted(chosen)
+
+
+def test_grouping_saves_padding_and_keeps_the_order_of_steps_random():
+    lengths = [1 + (37 * row) % 400 for row in range(400)]
+
+    def padded(group):
+        steps = [step_samples(lengths, step, 8, 0, group) for step in range(GROUP)]
+        return sum(8 * max(lengths[row] for row, _ in step) for step in steps), steps
+
+    (plain, _), (grouped, steps) = padded(False), padded(True)
+    real = sum(lengths[row] for step in steps for row, _ in step)
+    assert grouped < 1.05 * real < 1.5 * real < plain
+    longest = [lengths[step[0][0]] for step in steps]
+    assert longest != sorted(longest)
+    assert longest != sorted(longest, reverse=True)
+
+
 def test_rows_that_are_too_long_are_left_out_and_counted(tmp_path, tokenizer):
     source = numbered(tmp_path, 9, lambda index: [1, 20, 5][index % 3])
     data = load_data(DataSettings(source=source, held_out=3, max_length=12), tokenizer)
@@ -165,8 +213,8 @@ def test_training_rows_come_first_and_held_out_rows_last(tmp_path):
     source = numbered(tmp_path, 10)
 
     def split(**settings):
-        parts = read_examples(DataSettings(source=source, **settings))
-        return [[int(example.prompt[1:-1]) for example in part] for part in parts]
+        parts = read_records(DataSettings(source=source, **settings))
+        return [[int(record.values["prompt"][1:-1]) for record in part] for part in parts]
 
     assert split(held_out=3) == [[0, 1, 2, 3, 4, 5, 6], [7, 8, 9]]
     assert split(held_out=3, rows=4) == [[0, 1, 2, 3], [7, 8, 9]]
@@ -178,27 +226,29 @@ def test_training_rows_come_first_and_held_out_rows_last(tmp_path):
 def test_a_file_that_is_too_small(tmp_path, rows, held_out):
     source = numbered(tmp_path, 10)
     with pytest.raises(ValueError, match=rf"has 10 rows, too few .*data.held_out \({held_out}\): lower one"):
-        read_examples(DataSettings(source=source, rows=rows, held_out=held_out))
+        read_records(DataSettings(source=source, rows=rows, held_out=held_out))
 
 
 def test_an_empty_file_is_too_small(tmp_path):
     with pytest.raises(ValueError, match="has 0 rows, too few"):
-        read_examples(DataSettings(source=str(write(tmp_path / "rows.jsonl", [])), held_out=0))
+        read_records(DataSettings(source=str(write(tmp_path / "rows.jsonl", [])), held_out=0))
 
 
 def test_generated_rows_are_the_task_s_own_splits(tokenizer):
     settings = DataSettings(source="tiny:keyed_sum", rows=30, held_out=10)
-    train, held_out = read_examples(settings)
+    train, held_out = (list(part) for part in read_records(settings))
     problems = [*task.problems("train", 0, 30), *task.problems("validation", 0, 10)]
-    assert [(one.prompt, one.completion) for one in (*train, *held_out)] == [(p.prompt, p.response) for p in problems]
+    assert [(one.values["prompt"], one.values["completion"]) for one in (*train, *held_out)] == [
+        (p.prompt, p.response) for p in problems
+    ]
     assert "validation problem 1" in held_out[0].where
     data = load_data(settings, tokenizer)
     for row, problem in zip([*data.train, *data.held_out], problems, strict=True):
         assert tokenizer.decode(row.input_ids) == f"<bos>{problem.prompt}{problem.response}<eos>"
     with pytest.raises(ValueError, match=r"data\.rows is required for tiny:keyed_sum"):
-        read_examples(DataSettings(source="tiny:keyed_sum"))
+        read_records(DataSettings(source="tiny:keyed_sum"))
     with pytest.raises(ValueError, match=r"no 'tiny:keyed' \(did you mean 'tiny:keyed_sum'\?\)"):
-        read_examples(DataSettings(source="tiny:keyed", rows=1))
+        read_records(DataSettings(source="tiny:keyed", rows=1))
 
 
 def test_the_tokenizer_knows_every_character_of_the_task(tokenizer):

@@ -30,9 +30,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from vkvtrain import EvictionCache, EvictionConfig, simulated_eviction
 from vkvtrain.ablation.statistics import interval, paired_interval
-from vkvtrain.training.data import Row, collate, read_jsonl, tokenise
+from vkvtrain.training.data import Row, collate, load_data
 from vkvtrain.training.objectives import response_logits, sft_loss
 from vkvtrain.training.run_directory import FINISHED
+from vkvtrain.training.settings import DataSettings
 
 ROOT = Path(__file__).parents[2]
 RECIPES = {"dense_lora": "recipes/smollm2/dense.yaml", "eviction_lora": "recipes/smollm2/vase.yaml"}
@@ -122,7 +123,7 @@ def main(settings: Settings) -> None:
     for name, recipe in RECIPES.items():
         if not (OUTPUT / name / FINISHED).exists():
             run(["accelerate", "launch", "--config_file", "accelerate_configs/cpu.yaml", "recipes/finetune.py", recipe])
-    rows = tokenise(list(read_jsonl(OUTPUT / "held_out.jsonl")), tokenizer)
+    rows = load_data(DataSettings(source=str(OUTPUT / "held_out.jsonl"), held_out=0), tokenizer).train
     full = EvictionConfig(policy="full")
     measured: dict[tuple[str, str], list[float]] = {}
     generations: dict[str, dict[str, Any]] = {}

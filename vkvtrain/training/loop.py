@@ -17,7 +17,7 @@ from accelerate.utils import set_seed
 from transformers import get_scheduler
 
 from vkvtrain.attention import Trace
-from vkvtrain.training.data import Batch, Row, TrainingData, collate, load_data, sample
+from vkvtrain.training.data import Batch, TrainingData, load_data, step_batches
 from vkvtrain.training.held_out import held_out_losses
 from vkvtrain.training.launch import asked_processes, check_world_size
 from vkvtrain.training.logs import Log
@@ -71,7 +71,7 @@ def train(recipe: Recipe, dry_run: bool = False, overwrite: bool = False) -> Non
     check_world_size(recipe, accelerator.num_processes)
     set_seed(recipe.seed)
     tokenizer = load_tokenizer(recipe)
-    data = load_data(recipe.data, tokenizer)
+    data = load_data(recipe.data, tokenizer, progress=accelerator.is_main_process)
     model = load_model(recipe)
     if accelerator.is_main_process:
         print(plan(recipe, data, tokenizer, model, accelerator.num_processes, asked_processes()), flush=True)
@@ -127,29 +127,14 @@ def over_processes(accelerator: Accelerator, values: torch.Tensor) -> torch.Tens
     return total
 
 
-def step_rows(recipe: Recipe, rows: list[Row], step: int, rank: int, processes: int) -> list[tuple[Row, int]]:
-    """(row, epoch) of a rank's share of a step: every n-th of the global batch."""
-    size = recipe.training.global_batch
-    chosen = [sample(step * size + offset, len(rows), recipe.seed) for offset in range(rank, size, processes)]
-    return [(rows[index], epoch) for index, epoch in chosen]
-
-
-def step_batches(run: Run) -> list[Batch]:
-    """This process's batches of the run's next step, as many as any other process has."""
-    recipe, accelerator = run.recipe, run.accelerator
-    mine = step_rows(recipe, run.data.train, run.step, accelerator.process_index, accelerator.num_processes)
-    size = recipe.training.batch_per_device
-    parts = [mine[start : start + size] for start in range(0, len(mine), size)]
-    return [
-        collate([row for row, _ in part], [epoch for _, epoch in part], run.pad, accelerator.device) for part in parts
-    ]
-
-
 def train_step(run: Run) -> dict[str, Any]:
     """The gradient of the global batch and one update of the adapter; returns what is logged of it."""
     recipe, accelerator, model = run.recipe, run.accelerator, run.model
     config = step_eviction(recipe, run.step)
-    batches = step_batches(run)
+    batches = step_batches(
+        recipe, run.data.train, run.step, accelerator.process_index, accelerator.num_processes, run.pad,
+        accelerator.device,
+    )  # fmt: skip
     samples = [stream[0] for batch in batches for stream in batch.streams]
     counts = [sum(len(batch.targets) for batch in batches), sum(int(batch.attention_mask.sum()) for batch in batches)]
     targets, tokens = over_processes(accelerator, torch.tensor(counts, device=accelerator.device)).tolist()

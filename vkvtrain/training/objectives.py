@@ -14,7 +14,9 @@ _CHUNK = 1024
 
 def response_logits(model: Any, batch: Batch) -> Tensor:
     """Logits at the positions that predict a response token, [N, vocabulary]; one forward pass."""
-    logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+    logits = model(
+        input_ids=batch.input_ids, attention_mask=batch.attention_mask, position_ids=batch.position_ids, use_cache=False
+    ).logits
     return logits.flatten(0, 1).index_select(0, batch.predicting)
 
 

@@ -21,12 +21,13 @@ def plan(recipe: Recipe, data: TrainingData, tokenizer: Any, model: Any, process
     tokens = mean(row.length for row in data.train)
     trainable, total = model.get_nb_trainable_parameters()
     first = data.train[0]
+    wanting = f"{data.unusable} without a correct generation, " if data.unusable else ""
     lines = [
         f"processes        {processes} (asked for {asked})",
         f"batch            {forward} a forward pass x {-(-share // forward)} accumulated x {processes} processes = "
         f"{training.global_batch} sequences, about {training.global_batch * tokens:,.0f} tokens a step",
         f"data             {len(data.train)} rows of {tokens:.0f} tokens on average, {data.left_out} left out as too "
-        f"long, {training.steps * training.global_batch / len(data.train):.2f} epochs",
+        f"long, {wanting}{training.steps * training.global_batch / len(data.train):.2f} epochs",
         f"trainable        {trainable:,} of {total:,} parameters ({trainable / total:.2%})",
         f"objective        {training.objective}, {training.steps} steps, {training.dense_fraction:.0%} of them dense",
     ]

@@ -25,15 +25,52 @@ class ModelSettings(Settings):
     """Recompute activations in the backward pass: less memory, about a third more time."""
 
 
+DataFormat = Literal["prompt_completion", "messages", "conversations", "problem_generations"]
+
+
 class DataSettings(Settings):
     source: str
-    """A JSONL file whose rows hold `prompt` and `completion`, or `tiny:keyed_sum`, generated."""
+    """A JSONL or Parquet file, a data set on the Hub (`org/name`), a directory that `datasets` loads, or
+    `tiny:keyed_sum`, generated."""
+    config: str | None = None
+    """Configuration of a data set on the Hub."""
+    split: str = "train"
+    """Split of a data set on the Hub or in a directory."""
+    revision: str | None = None
+    """Branch, tag or commit of a data set on the Hub."""
+    format: Literal["auto"] | DataFormat = "auto"
+    """How a row states prompt and response; `auto` tells it by the columns."""
+    choose: Literal["first_correct", "random_correct", "all_correct", "first"] = "first_correct"
+    """Which generations of a problem are trained on; correct is what `correctness_math_verify` says."""
+    turns: Literal["last", "each"] = "last"
+    """Responses of a conversation that are trained on; `each` makes a row of every assistant turn."""
+    system: str | None = None
+    """System prompt in place of the data's own; an empty text removes it."""
+    template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of the chat template, for example `{enable_thinking: true}`."""
+    response: Literal["checked", "written", "rendered"] = "checked"
+    """What the model writes behind its generation prompt: the completion as `written` (without a tag that the prompt
+    opened already), what the chat template has `rendered`, or `checked`: an error unless the two are the same."""
     rows: int | None = Field(default=None, ge=1)
-    """Training rows to use, the first ones; all by default. Required for generated data."""
+    """Rows of the source to train on, the first ones; all by default. Required for generated data."""
     held_out: int = Field(default=32, ge=0)
-    """Rows for the loss that is printed during training: the last ones of a file, or the validation split."""
+    """Rows for the loss that is printed during training: the last ones of a source, or the validation split."""
     max_length: int | None = Field(default=None, ge=2)
     """Longer rows (tokens, prompt and response) are left out and counted; nothing is truncated."""
+    group_by_length: bool = False
+    """Steps of rows of similar length: less padding, but short steps may never reach the budget."""
+    packing: bool = False
+    """Pack several rows into each sequence of a forward pass; they never see each other, and each is evicted alone."""
+    packing_length: int | None = Field(default=None, ge=2)
+    """Tokens of a packed sequence; the longest row's by default."""
+    seed: int = 0
+    """Seed of `random_correct`."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.packing_length is not None and not self.packing:
+            raise ValueError(f"packing_length ({self.packing_length}) is set without packing: set packing to true")
+        return self
 
 
 class LoraSettings(Settings):

@@ -1,0 +1,82 @@
+"""The tokenised rows of a recipe: read, understood, templated, and left out where they are too long."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from tqdm import tqdm
+
+from vkvtrain.training.data.formats import detect, examples_of
+from vkvtrain.training.data.rows import Example, Record, Row, TrainingData
+from vkvtrain.training.data.sources import read_records
+from vkvtrain.training.data.templates import tokenise
+from vkvtrain.training.settings import DataSettings
+
+
+@dataclass
+class Reading:
+    """The examples of one part of a source, and how many of its records had none."""
+
+    records: Iterator[Record]
+    settings: DataSettings
+    progress: str | None = None
+    unusable: int = 0
+
+    def __iter__(self) -> Iterator[Example]:
+        form = None if self.settings.format == "auto" else self.settings.format
+        for record in tqdm(self.records, desc=self.progress, disable=self.progress is None, mininterval=2, leave=False):
+            form = form or detect(record)
+            found = False
+            for example in examples_of(record, form, self.settings):
+                found = True
+                yield example
+            self.unusable += not found
+
+
+def load_data(settings: DataSettings, tokenizer: Any, progress: bool = False) -> TrainingData:
+    """The tokenised rows of a recipe.
+
+    Args:
+        settings: what to read.
+        tokenizer: the model's.
+        progress: whether to show a bar.
+
+    Raises:
+        ValueError: a source that is missing or malformed, or of which nothing is left to train on.
+    """
+    parts: list[list[Row]] = []
+    all_lengths: list[int] = []
+    left_out = unusable = 0
+    limit = settings.max_length
+    for name, records in zip(("training rows", "held-out rows"), read_records(settings), strict=True):
+        reading = Reading(records, settings, name if progress else None)
+        kept = []
+        for row in tokenise(reading, tokenizer, settings):
+            all_lengths.append(row.length)
+            if limit is None or row.length <= limit:
+                kept.append(row)
+            else:
+                left_out += 1
+        if not all_lengths:
+            raise ValueError(
+                f"{settings.source}: none of the {reading.unusable} training rows has a correct generation; set "
+                "data.choose to 'first' to take them as they are"
+            )
+        if not kept and not parts:
+            raise ValueError(
+                f"data.max_length ({limit}) leaves no row: the shortest has {min(all_lengths)} tokens; raise it"
+            )
+        parts.append(kept)
+        unusable += reading.unusable
+    check_packing(settings, parts[0])
+    return TrainingData(parts[0], parts[1], left_out, unusable)
+
+
+def check_packing(settings: DataSettings, rows: list[Row]) -> None:
+    """Raise ValueError if a row does not fit into a packed one: nothing is truncated."""
+    longest = max(rows, key=lambda row: row.length)
+    if settings.packing_length is not None and longest.length > settings.packing_length:
+        raise ValueError(
+            f"data.packing_length ({settings.packing_length}) is shorter than the longest row ({longest.length} tokens)"
+            ": raise it, or leave long rows out with data.max_length"
+        )

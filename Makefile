@@ -1,5 +1,6 @@
 # make demo       train the embedded model for eviction, evaluate it under eviction, print the table
 # make test       the tests
+# make test-oldest  the heart of the tests with the oldest supported transformers, in an environment of its own
 # make lint       ruff and pyright
 # make tables     run the tests of the model families and write the README's tables
 # make demo-real  the same method on a real pretrained model (SmolLM2-135M)
@@ -7,7 +8,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test lint tables demo-real clean
+.PHONY: demo test test-oldest lint tables demo-real clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'vkvtrain needs Python 3.11 or newer: make PYTHON=python3.11')"
@@ -25,6 +26,15 @@ demo-real: .venv/installed
 test: .venv/installed
 	$(BIN)/python -m pytest -n 2
 
+.venv-oldest/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet --constraint constraints.txt torch
+	.venv-oldest/bin/python -m pip install --quiet "transformers==5.17.0" --editable ".[eval]" pytest pytest-xdist hypothesis
+	touch $@
+
+test-oldest: .venv-oldest/installed
+	.venv-oldest/bin/python -m pytest -n 2 -m "not slow" $(addprefix tests/test_,$(addsuffix .py,parity families simulation cache generation))
+
 tables: .venv/installed
 	$(BIN)/python -m pytest tests/test_families.py --write-tables
 
@@ -34,4 +44,4 @@ lint: .venv/installed
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv .venv-oldest runs

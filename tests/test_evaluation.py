@@ -10,11 +10,14 @@ import pytest
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+from transformers import GenerationConfig, Qwen3ForCausalLM
 
 from vkvtrain import EvictionConfig, cli
 from vkvtrain.evaluation.lm import EvictionLM, check_generation, take_eviction_config
 from vkvtrain.evaluation.records import RECORD
+from vkvtrain.evaluation.sampling import sampling_of
 from vkvtrain.events import evictions_by, peak_entries
+from vkvtrain.generation import Sampling
 from vkvtrain.tiny import MODEL_PATH
 from vkvtrain.tiny.task import problem
 
@@ -139,12 +142,57 @@ def test_an_eviction_setting_is_read_from_a_directory(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "setting", [{"num_beams": 4}, {"prompt_lookup_num_tokens": 3}, {"prefill_chunk_size": 64}, {"assistant_model": "x"}]
-)
+    "setting",
+    [
+        {"num_beams": 4}, {"prompt_lookup_num_tokens": 3}, {"prefill_chunk_size": 64}, {"assistant_model": "x"},
+        {"no_repeat_ngram_size": 3}, {"typical_p": 0.9}, {"suppress_tokens": [1]},
+    ],
+)  # fmt: skip
 def test_generation_that_cannot_evict_is_refused(setting):
     with pytest.raises(ValueError, match=next(iter(setting))):
         check_generation(setting)
     check_generation({"num_beams": 1, "do_sample": True})
+
+
+def test_sampling_is_read_as_generate_would():
+    """The task's settings, else the model's own, else transformers' defaults; a penalty also without sampling."""
+    own = GenerationConfig(temperature=0.6, top_p=0.95, repetition_penalty=1.05)
+    assert sampling_of({"do_sample": False, "temperature": 0.0}, own, 3) == Sampling(repetition_penalty=1.05, seed=3)
+    drawn = sampling_of({"do_sample": True, "top_p": 0.8, "until": [], "max_gen_toks": 9, "num_beams": 1}, own, 0)
+    assert drawn == Sampling(0.6, top_p=0.8, top_k=50, repetition_penalty=1.05)
+    every = {"temperature": 0.5, "top_p": 0.7, "top_k": 20, "min_p": 0.1, "repetition_penalty": 1.2}
+    assert sampling_of({"do_sample": True, **every}, own, 0) == Sampling(**every)
+    with pytest.raises(ValueError, match=r"temperature=0 draws nothing.*do_sample=False"):
+        sampling_of({"do_sample": True, "temperature": 0}, own, 0)
+    with pytest.raises(ValueError, match=r"tempature=0.5 is not a setting.*temperature.*remove it"):
+        sampling_of({"do_sample": True, "tempature": 0.5}, own, 0)
+
+
+def test_sampled_answers_do_not_depend_on_the_batch():
+    settings = {"lengths": (9, 5, 7), "do_sample": True, "temperature": 1.2, "top_p": 0.9}
+    reference = generate(model(3, **EVICTED), requests(**settings))
+    assert generate(model(1, **EVICTED), requests(**settings)) == reference
+    assert generate(model(3, **EVICTED, seed=1), requests(**settings)) != reference
+
+
+def test_an_interrupted_run_continues(tmp_path, monkeypatch):
+    reference = generate(model(**EVICTED), requests())
+    journal = {"journal": str(tmp_path / "journal")}
+    generate(model(2, **EVICTED, **journal), requests()[:3])
+    path = tmp_path / "journal/completions.jsonl"
+    assert len(path.read_text().splitlines()) == 3
+    given = []
+    forward = Qwen3ForCausalLM.forward
+    monkeypatch.setattr(
+        Qwen3ForCausalLM, "forward",
+        lambda self, input_ids, **rest: given.append(input_ids.shape) or forward(self, input_ids, **rest),
+    )  # fmt: skip
+    assert generate(model(2, **EVICTED, **journal), requests()) == reference
+    assert sum(shape[1] > 1 for shape in given) == 3  # prompts
+    assert len(path.read_text().splitlines()) == 6
+    given.clear()
+    assert generate(model(3, **EVICTED, **journal), requests()) == reference
+    assert not given
 
 
 def test_every_task_file_loads():

@@ -65,7 +65,10 @@ def generation_settings(arguments: list[str]) -> dict[str, Any]:
 def lm_eval(arguments: list[str]) -> None:
     """lm-eval's own command line with the model `vkv` registered; 0.4.13 finds no plugins by itself."""
     if any(argument.split("=")[0] in ("--use_cache", "-c") for argument in arguments):
-        raise ValueError("--use_cache: lm-eval's request cache does not know the budget; leave it out")
+        raise ValueError(
+            "--use_cache: lm-eval's request cache does not know the budget; the model argument journal=DIRECTORY "
+            "resumes an interrupted run"
+        )
     from lm_eval.__main__ import cli_evaluate
 
     from vkvtrain.evaluation.lm import check_generation  # importing it registers the model

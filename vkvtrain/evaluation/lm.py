@@ -3,17 +3,17 @@
 Model arguments are HFLM's and the fields of `EvictionConfig` (`policy=vase_attnv,budget=64,window=16`), or
 `eviction_config=<directory or repository>`. Without either the cache is full. A PEFT directory's own
 eviction_config.json is never read silently: what an adapter was trained for and what it is evaluated under are separate
-settings.
+settings. `journal=<directory>` keeps finished generations there: an interrupted run, given again, goes on.
 """
 
-import hashlib
 import logging
 import time
-from bisect import bisect_left
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
 from accelerate import Accelerator
 from lm_eval.api.instance import Instance
@@ -23,7 +23,6 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, po
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
-from vkvtrain.cache import EvictionCache
 from vkvtrain.config import EvictionConfig
 from vkvtrain.evaluation.records import (
     RECORD,
@@ -38,27 +37,14 @@ from vkvtrain.evaluation.records import (
     texts,
     totals,
 )
+from vkvtrain.evaluation.sampling import check_generation, sampling_of
 from vkvtrain.evaluation.scoring import Continuation, batches, score
 from vkvtrain.evaluation.thinking import final_answer
+from vkvtrain.generation import Completion, Request, generate
 from vkvtrain.noise import canonical_stream
 from vkvtrain.support import ATTENTION, layer_kinds
 
 logger = logging.getLogger(__name__)
-
-_REFUSED = {
-    "num_beams": "beam search reorders rows",
-    "prompt_lookup_num_tokens": "assisted decoding crops the cache",
-    "assistant_model": "assisted decoding crops the cache",
-    "prefill_chunk_size": "the prompt must arrive at once",
-}
-
-
-def check_generation(kwargs: dict[str, Any]) -> None:
-    """Raise ValueError for generation settings that an evicting cache cannot serve."""
-    for name, reason in _REFUSED.items():
-        value = kwargs.get(name)
-        if value is not None and not (name == "num_beams" and int(value) == 1):
-            raise ValueError(f"{name}={value!r} does not work with an evicting cache ({reason}): remove it")
 
 
 def own_generation_settings(pretrained: str, revision: str) -> dict[str, Any]:
@@ -85,12 +71,27 @@ def take_eviction_config(arguments: dict[str, Any]) -> EvictionConfig:
 _HFLM: Any = HFLM  # lm-eval's registry leaves it without a type
 
 
+@dataclass(frozen=True)
+class _Job:
+    """A request of lm-eval's and what it becomes."""
+
+    asked: Instance
+    repeat: int
+    request: Request
+    until: list[str]
+    """Texts before which lm-eval cuts the answer."""
+    is_cut: bool
+    """Whether the prompt was too long."""
+
+
 @register_model("vkv")
 class EvictionLM(_HFLM):
     """`HFLM` that generates with `EvictionCache` and scores in a simulation of it."""
 
     def __init__(self, pretrained: str, **arguments: Any) -> None:
         self.eviction = take_eviction_config(arguments)
+        journal = arguments.pop("journal", None)
+        self.journal = None if journal is None else Path(str(journal))
         revision = arguments.get("revision") or "main"
         trust = bool(arguments.get("trust_remote_code", False))
         try:
@@ -119,118 +120,72 @@ class EvictionLM(_HFLM):
             self._model.eval()
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Generate with the evicting cache; what is evicted depends on (document, repeat), not on the batch.
+        """Generate with the slot engine: `batch_size` sequences at once, each slot refilled as its sequence ends.
 
-        So greedy answers do not depend on the batch; sampled ones draw from one generator per batch. Each request's
+        An answer, greedy or sampled, depends on (document, repeat), and not on the batch or the ranks. Each request's
         logged arguments gain a list of records (one a repeat): tokens, evictions, peak entries and bytes, counted to
         the sample's own end (`vkvtrain.evaluation.records`).
         """
         began = time.perf_counter()
         pairs, places = distinct(requests)
-        jobs = []
-        for place, (request, repeat) in enumerate(pairs):
-            arguments: Any = request.args
-            settings: dict[str, Any] = {**normalize_gen_kwargs(arguments[1], self.max_gen_toks)}
-            settings.pop(RECORD, None)
-            jobs.append((place, request, repeat, self.tok_encode(arguments[0]), settings))
-        size = self.batch_size if isinstance(self.batch_size, int) else 16
-        groups: dict[str, list[Any]] = {}
-        for job in jobs:
-            check_generation(job[4])
-            groups.setdefault(repr(sorted(job[4].items(), key=lambda item: item[0])), []).append(job)
-        results: list[Any] = [None] * len(jobs)
-        bar = tqdm(total=len(jobs), disable=disable_tqdm or self.rank != 0, desc="generating", mininterval=2)
-        for group in groups.values():
-            group.sort(key=lambda job: -len(job[3]))
-            for start in range(0, len(group), size):
-                batch = group[start : start + size]
-                for (place, *_), text in zip(batch, self._generate_batch(batch), strict=True):
-                    results[place] = text
-                bar.update(len(batch))
-        bar.close()
+        jobs = [self._job(*pair) for pair in pairs]
+        for longest, cut in Counter(len(job.request.prompt) for job in jobs if job.is_cut).items():
+            logger.warning("%d prompts were cut to their last %d tokens to leave room for the answer", cut, longest)
+        jobs.sort(key=lambda job: -len(job.request.prompt))
+        completions = generate(
+            self.model,
+            self.eviction,
+            [job.request for job in jobs],
+            slots=self.batch_size if isinstance(self.batch_size, int) else 16,
+            end_tokens=self._end_tokens(),
+            tokenizer=self.tokenizer,
+            progress=None if disable_tqdm or self.rank != 0 else "generating",
+            journal=None if self.journal is None else self.journal / "completions.jsonl",
+        )
+        answers = {
+            (id(job.asked), job.repeat): self._generation(job, completion)
+            for job, completion in zip(jobs, completions, strict=True)
+        }
+        results = [answers[id(request), repeat] for request, repeat in pairs]
         for (request, _), text in zip(pairs, results, strict=True):
             attach(request, text.record)
         self._report("generate_until", [text.record for text in results], time.perf_counter() - began)
         return [results[place] for place in places]
 
-    def _generate_batch(self, batch: Sequence[Any]) -> list[Generation]:
-        settings = dict(batch[0][4])
-        end = self.tok_decode([self.eot_token_id], skip_special_tokens=False)
-        until = handle_stop_sequences(settings.pop("until", None), eos=end)
-        ends = self._end_tokens()
-        limit = settings.pop("max_gen_toks")
-        settings.pop("max_length", None)
-        if not settings.get("do_sample"):
-            settings.pop("temperature", None)  # lm-eval sets 0, which transformers warns about
+    def _job(self, asked: Instance, repeat: int) -> "_Job":
+        arguments: Any = asked.args
+        settings: dict[str, Any] = {**normalize_gen_kwargs(arguments[1], self.max_gen_toks)}
+        settings.pop(RECORD, None)
+        limit = settings["max_gen_toks"]
         longest = self.max_length - limit
         if longest < 1:
             raise ValueError(f"max_gen_toks ({limit}) must be less than the model's max_length ({self.max_length})")
-        prompts = [job[3][-longest:] for job in batch]
-        cut = sum(len(job[3]) > longest for job in batch)
-        if cut:
-            logger.warning("%d prompts were cut to their last %d tokens to leave room for the answer", cut, longest)
-        width = max(map(len, prompts))
-        pad = self.tokenizer.pad_token_id
-        ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=self.device)
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=self.device)
-        streams = [(job[1].doc_id, job[2]) for job in batch]
-        if settings.get("do_sample"):
-            digest = hashlib.blake2b(repr((self.eviction.seed, streams)).encode(), digest_size=7).digest()
-            torch.manual_seed(int.from_bytes(digest, "little"))
-        stops = [stop for stop in until if stop != end]
-        out = self.model.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            past_key_values=EvictionCache(self.eviction, self.model.config, streams),
-            max_new_tokens=limit,
-            pad_token_id=pad,
-            eos_token_id=sorted(ends),
-            **({"stop_strings": stops, "tokenizer": self.tokenizer} if stops else {}),
-            **settings,
-        )
-        texts = []
-        for job, prompt, tokens in zip(batch, prompts, out[:, width:].tolist(), strict=True):
-            tokens, cut_off = self._own_tokens(tokens, ends, stops)
-            texts.append(self._generation(job[1], job[2], len(prompt), tokens, cut_off, until))
-        return texts
+        end = self.tok_decode([self.eot_token_id], skip_special_tokens=False)
+        until = handle_stop_sequences(settings["until"], eos=end)
+        stop = tuple(text for text in until if text and text != end)
+        prompt = tuple(self.tok_encode(arguments[0]))
+        sampling = sampling_of(settings, self.model.generation_config, self.eviction.seed)
+        request = Request(prompt[-longest:], limit, (asked.doc_id or 0, repeat), sampling, stop)
+        return _Job(asked, repeat, request, until, len(prompt) > longest)
 
-    def _generation(
-        self, request: Instance, repeat: int, prompt: int, tokens: Sequence[int], cut_off: bool, until: Sequence[str]
-    ) -> Generation:
-        """A response as lm-eval wants it, before its stop strings, and with `think_end_token` after its thinking.
-
-        Args:
-            request: what was asked.
-            repeat: which repeat of it.
-            prompt: tokens of the prompt, as the model read them.
-            tokens: the response, its end token included.
-            cut_off: whether the limit ended it.
-            until: stop strings.
-        """
+    def _generation(self, job: "_Job", completion: Completion) -> Generation:
+        """A response as lm-eval wants it, before its stop strings, and with `think_end_token` after its thinking."""
+        tokens, cut_off, prompt = completion.tokens, not completion.finished, len(job.request.prompt)
         raw = self.tok_decode(tokens)
-        answer = final_answer(raw, str(request.args[0]), self.think_end_token, cut_off)
-        text = Generation(postprocess_generated_text(answer if self.think_end_token else raw, list(until), None))
+        answer = final_answer(raw, str(job.asked.args[0]), self.think_end_token, cut_off)
+        text = Generation(postprocess_generated_text(answer if self.think_end_token else raw, job.until, None))
         cache = sequence_record(self.model, self.eviction, prompt, prompt + len(tokens) - 1)
-        text.record = {"stream": [request.doc_id, repeat], **cache, **generation_record(tokens, raw, answer, cut_off)}
+        text.record = {
+            "stream": [job.asked.doc_id, job.repeat],
+            **cache,
+            **generation_record(tokens, raw, answer, cut_off),
+        }
         return text
 
     def _end_tokens(self) -> set[int]:
         """Tokens that end a generation: the tokenizer's, and the model's own (some have several)."""
         own = self.model.generation_config.eos_token_id
         return {self.eot_token_id, *(own if isinstance(own, list) else [] if own is None else [own])}
-
-    def _own_tokens(self, tokens: list[int], ends: set[int], stops: Sequence[str]) -> tuple[list[int], bool]:
-        """A row's tokens up to its own end, without what the batch went on for; and whether it was cut off."""
-        end = next((place for place, token in enumerate(tokens) if token in ends), None)
-        tokens = tokens if end is None else tokens[: end + 1]
-
-        def stopped(count: int) -> bool:
-            text = self.tok_decode(tokens[:count])
-            return any(stop in text for stop in stops)
-
-        if stops and stopped(len(tokens)):
-            return tokens[: bisect_left(range(len(tokens)), True, key=stopped)], False
-        return tokens, end is None
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> Any:
         """(log-likelihood, whether it is greedy) of each (context, continuation); the context is a prompt.

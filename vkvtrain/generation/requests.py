@@ -72,9 +72,18 @@ class Completion:
     """Most entries that a KV head of an evicting layer held."""
 
 
+def positions(model_config: Any) -> int:
+    """Most tokens of a sequence: `max_position_embeddings`, or what RoPE scaling makes of it."""
+    text = model_config.get_text_config(decoder=True)
+    own: int = text.max_position_embeddings
+    rope = text.rope_parameters
+    scaled = [part for part in (rope, *rope.values()) if isinstance(part, dict) and part.get("factor")]
+    return max([own, *(int(part["factor"] * (part.get("original_max_position_embeddings") or own)) for part in scaled)])
+
+
 def check_requests(requests: Sequence[Request], model_config: Any, tokenizer: Any) -> None:
     """Raise ValueError for the first request that cannot be answered, by its place in the list."""
-    limit = model_config.get_text_config(decoder=True).max_position_embeddings
+    limit = positions(model_config)
     for place, request in enumerate(requests):
         if not request.prompt:
             raise ValueError(f"request {place}: the prompt is empty, give it at least one token")
@@ -83,8 +92,8 @@ def check_requests(requests: Sequence[Request], model_config: Any, tokenizer: An
         if len(request.prompt) + request.max_new_tokens > limit:
             raise ValueError(
                 f"request {place}: a prompt of {len(request.prompt)} tokens and max_new_tokens "
-                f"({request.max_new_tokens}) exceed the model's {limit} positions (max_position_embeddings): shorten "
-                "the prompt or lower max_new_tokens"
+                f"({request.max_new_tokens}) exceed the model's {limit} positions: shorten the prompt or lower "
+                "max_new_tokens"
             )
         if "" in request.stop:
             raise ValueError(f"request {place}: a stop string is empty, remove it")

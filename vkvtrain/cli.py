@@ -5,7 +5,7 @@ import sys
 from itertools import takewhile
 from typing import Any
 
-_HELP = """usage: vkvtrain [-h] [--version] {inspect,lm-eval} ...
+_HELP = """usage: vkvtrain [-h] [--version] {inspect,lm-eval,publish,chat} ...
 
   inspect   what a policy keeps of a text: a table, a picture and a page. Try it without arguments, or with
             --model Qwen/Qwen3-0.6B --text story.txt --policy vase_attnv --compare snapkv; see inspect --help
@@ -13,6 +13,9 @@ _HELP = """usage: vkvtrain [-h] [--version] {inspect,lm-eval} ...
             vkvtrain lm-eval run --model vkv --model_args pretrained=...,policy=vase_attnv,budget=2048,window=64
             --tasks ... --output_path ... --log_samples
             (peft=... adds an adapter; without policy= the cache is full)
+  publish   a finished run as a directory or Hub repository that stands on its own: adapter or merged weights, eviction
+            setting, tokenizer, model card with what was measured: vkvtrain publish runs/x --to DIR --push user/name
+  chat      talk to a published model or a finished run while its cache is evicted: vkvtrain chat DIR
 
 Training is launched by recipes: see recipes/finetune.py --help.
 """
@@ -29,7 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
 
         print(__version__)
         return 0
-    commands = {"inspect": inspect, "lm-eval": lm_eval}
+    commands = {"inspect": inspect, "lm-eval": lm_eval, "publish": publish, "chat": chat}
     if rest[0] not in commands:
         print(f"vkvtrain: there is no command {rest[0]!r} (known: {', '.join(commands)})", file=sys.stderr)
         return 2
@@ -76,6 +79,20 @@ def lm_eval(arguments: list[str]) -> None:
     check_generation(generation_settings(arguments))
     sys.argv = ["vkvtrain lm-eval", *arguments]
     cli_evaluate()
+
+
+def publish(arguments: list[str]) -> None:
+    """From a finished run to a directory or Hub repository."""
+    from vkvtrain.publishing.command import main as export
+
+    export(arguments)
+
+
+def chat(arguments: list[str]) -> None:
+    """Talk to a model whose cache is evicted."""
+    from vkvtrain.chat import main as talk
+
+    talk(arguments)
 
 
 if __name__ == "__main__":

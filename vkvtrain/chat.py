@@ -1,0 +1,152 @@
+"""`vkvtrain chat`: talk to a model whose cache is evicted, over several turns of one sequence."""
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import tyro
+from transformers import TextStreamer
+
+from vkvtrain.cache import EvictionCache
+from vkvtrain.config import EvictionConfig
+from vkvtrain.loading import Loaded, load
+
+_MARK = "\u241e"
+"""Stands for an answer when a chat template is asked for what comes after it."""
+
+
+@dataclass
+class Arguments:
+    """Talk to a published model or a finished run; its cache is evicted and goes on from turn to turn.
+
+    Every line is a message; after each answer it is said what was evicted. `/new` starts afresh, `/exit` or the end of
+    the input stops. A model without a chat template continues the text of the line.
+    """
+
+    model: tyro.conf.Positional[str]
+    """Directory or Hub repository that `vkvtrain publish` or a recipe wrote."""
+    revision: str | None = None
+    """Branch, tag or commit of the repository."""
+    budget: int | None = None
+    """Entries kept after an event, instead of the number it was trained for; 0 is the full cache."""
+    max_new_tokens: int = 1024
+    """Most tokens of one answer."""
+    temperature: float = 0.6
+    """Of sampling; 0 is greedy."""
+    top_p: float = 0.95
+    """Share of the probability that is sampled from."""
+    seed: int = 0
+    """Of sampling."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type of the weights."""
+
+
+class Conversation:
+    """One sequence that grows by messages and answers, and its cache."""
+
+    def __init__(self, loaded: Loaded, eviction: EvictionConfig) -> None:
+        self.model, self.tokenizer, self.eviction = loaded.model, loaded.tokenizer, eviction
+        self.tokens: list[int] = []
+        self.cache = EvictionCache(eviction, self.model.config)
+
+    def message_tokens(self, text: str) -> list[int]:
+        """The tokens that a message adds to the sequence, up to where the answer begins."""
+        if self.tokenizer.chat_template is None:
+            return self.tokenizer(text, add_special_tokens=not self.tokens)["input_ids"]
+        turns = [{"role": "user", "content": text}]
+        if self.tokens:
+            turns = [{"role": "user", "content": "-"}, {"role": "assistant", "content": _MARK}, *turns]
+        rendered = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        added = self.tokenizer(rendered.rpartition(_MARK)[2], add_special_tokens=False)["input_ids"]
+        # the template closes the answer; an answer that ended by itself has closed itself
+        return added[1:] if self.tokens and added[:1] == self.tokens[-1:] else added
+
+    def answer(self, text: str, streamer: Any, **settings: Any) -> int:
+        """Generate the answer to a message; returns the number of its tokens."""
+        self.tokens += self.message_tokens(text)
+        given = len(self.tokens)
+        out = self.model.generate(
+            input_ids=torch.tensor([self.tokens], device=self.model.device),
+            attention_mask=torch.ones(1, given, dtype=torch.int64, device=self.model.device),
+            past_key_values=self.cache,
+            streamer=streamer,
+            **settings,
+        )
+        self.tokens = out[0].tolist()
+        return len(self.tokens) - given
+
+    def state(self, new: int) -> str:
+        """What was generated, and what the cache holds of the sequence, in one line."""
+        stats = self.cache.stats()[0]
+        return (
+            f"[{new} tokens; {stats['evictions']} evictions so far; {stats['live_entries']} of {len(self.tokens) - 1} "
+            f"entries held, {stats['bytes'] / 2**20:.1f} MiB]"
+        )
+
+
+def messages() -> Iterator[str]:
+    """Lines of the input; a prompt is shown to people, not to pipes."""
+    people = sys.stdin.isatty()
+    while True:
+        if people:
+            print("> ", end="", flush=True)
+        line = sys.stdin.readline()
+        if not line or line.strip() == "/exit":
+            return
+        if line.strip():
+            yield line.rstrip("\n")
+
+
+def run(arguments: Arguments) -> None:
+    """Load, then answer line after line.
+
+    Raises:
+        ValueError: what cannot be loaded, or settings that do not hold.
+    """
+    if arguments.max_new_tokens < 1:
+        raise ValueError(f"--max-new-tokens must be at least 1, got {arguments.max_new_tokens}")
+    if arguments.temperature < 0:
+        raise ValueError(f"--temperature must be 0 (greedy) or more, got {arguments.temperature}")
+    if not 0 < arguments.top_p <= 1:
+        raise ValueError(f"--top-p must be above 0 and at most 1, got {arguments.top_p}")
+    loaded = load(arguments.model, revision=arguments.revision, dtype=arguments.dtype)
+    eviction = loaded.eviction
+    if arguments.budget == 0:
+        eviction = EvictionConfig(policy="full")
+    elif arguments.budget is not None:
+        eviction = EvictionConfig(**{**eviction.model_dump(), "budget": arguments.budget})
+    settings: dict[str, Any] = {"max_new_tokens": arguments.max_new_tokens, "do_sample": arguments.temperature > 0}
+    if arguments.temperature > 0:
+        settings |= {"temperature": arguments.temperature, "top_p": arguments.top_p}
+    torch.manual_seed(arguments.seed)
+    print(f"{arguments.model}: {described(eviction)}. /new starts afresh, /exit stops.", flush=True)
+    talk(loaded, eviction, settings)
+
+
+def described(eviction: EvictionConfig) -> str:
+    """An eviction setting in a few words."""
+    if not eviction.evicts:
+        return "full cache"
+    return f"{eviction.policy}, budget {eviction.budget}, window {eviction.window}"
+
+
+def talk(loaded: Loaded, eviction: EvictionConfig, settings: dict[str, Any]) -> None:
+    """Answer the input, line after line."""
+    conversation = Conversation(loaded, eviction)
+    for message in messages():
+        if message.strip() == "/new":
+            conversation = Conversation(loaded, eviction)
+            continue
+        streamer = TextStreamer(loaded.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        try:
+            print(conversation.state(conversation.answer(message, streamer, **settings)), flush=True)
+        except KeyboardInterrupt:
+            print("\n[interrupted: the next message starts afresh]", flush=True)
+            conversation = Conversation(loaded, eviction)
+
+
+def main(rest: list[str]) -> None:
+    """The command line of `vkvtrain chat`."""
+    run(tyro.cli(Arguments, args=rest, prog="vkvtrain chat"))

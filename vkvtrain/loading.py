@@ -1,0 +1,74 @@
+"""Load what training or `vkvtrain publish` wrote: model, tokenizer and eviction setting, ready to generate."""
+
+import os
+from typing import Any, NamedTuple
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import cached_file
+from transformers.utils.peft_utils import find_adapter_config_file
+
+from vkvtrain.config import EvictionConfig
+from vkvtrain.support import ATTENTION, layer_kinds
+
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+
+
+class Loaded(NamedTuple):
+    """What `load` returns."""
+
+    model: Any
+    tokenizer: Any
+    eviction: EvictionConfig
+
+
+def load(
+    name_or_path: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device | None = None,
+) -> Loaded:
+    """A model in evaluation mode, its tokenizer, and the eviction setting that it was trained for.
+
+    The model decodes with `model.generate(..., past_key_values=EvictionCache(eviction, model.config))`; without that
+    cache it is the plain model. Adapters stay adapters (a `PeftModel`), so that `disable_adapter()` gives the base.
+
+    Args:
+        name_or_path: a directory or Hub repository with `eviction_config.json` and either an adapter or whole weights.
+        revision: branch, tag or commit of the repository; an adapter names its base model's own.
+        dtype: type of the weights; "auto" is the one they are stored in.
+        device: where to; by default a GPU if there is one.
+
+    Raises:
+        ValueError: what cannot be loaded, and why. Only safetensors are read; no remote code is run.
+    """
+    name = os.fspath(name_or_path)
+    try:
+        eviction = EvictionConfig.from_pretrained(name, revision)
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision or "main")
+        adapter = find_adapter_config_file(name, revision=revision)
+        model = _adapted(name, revision, dtype) if adapter else _whole(name, revision, dtype)
+    except OSError as error:
+        raise ValueError(f"{name!r} cannot be loaded: {' '.join(str(error).split())}") from None
+    layer_kinds(model.config, eviction)
+    place: Any = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return Loaded(model.eval().to(place), tokenizer, eviction)
+
+
+def _whole(name: str, revision: str | None, dtype: Any) -> Any:
+    return AutoModelForCausalLM.from_pretrained(
+        name, revision=revision or "main", dtype=dtype, attn_implementation=ATTENTION, use_safetensors=True
+    )
+
+
+def _adapted(name: str, revision: str | None, dtype: Any) -> Any:
+    """The base model with the adapter; `from_pretrained` alone would look for the base under the adapter's revision."""
+    from peft import PeftConfig, PeftModel
+
+    cached_file(name, ADAPTER_WEIGHTS, revision=revision)  # peft would fall back to a pickle
+    settings = PeftConfig.from_pretrained(name, revision=revision)
+    base = settings.base_model_name_or_path
+    if not base:
+        raise ValueError(f"{name!r}: adapter_config.json names no base model (base_model_name_or_path)")
+    return PeftModel.from_pretrained(_whole(base, settings.revision, dtype), name, revision=revision)

@@ -1,0 +1,50 @@
+"""Decode with the evicting cache that this model was trained for. Needs `pip install vkvtrain`.
+
+    model.generate(**inputs, custom_generate=repository, trust_remote_code=True, max_new_tokens=1024)
+
+Takes the arguments of `generate`, and `eviction={"budget": 4096}` to change fields of the setting below. The cache is
+returned with `return_dict_in_generate=True`; passing it again as `past_key_values` continues the sequence.
+"""
+
+from typing import Any
+
+from transformers import GenerationMixin
+
+from vkvtrain import EvictionCache, EvictionConfig
+
+_MIXIN: Any = GenerationMixin  # `model.generate` may be this very function
+
+EVICTION: dict[str, Any] = {"policy": "full"}
+
+
+def generate(
+    input_ids: Any = None,
+    *,
+    model: Any,
+    eviction: dict[str, Any] | None = None,
+    streams: Any = None,
+    past_key_values: Any = None,
+    **arguments: Any,
+) -> Any:
+    """`model.generate`, with an `EvictionCache` for its cache.
+
+    Args:
+        input_ids: the prompts, left-padded, [rows, tokens].
+        model: the model; its attention implementation is set, and put back afterwards.
+        eviction: fields of `EvictionConfig` that replace this repository's.
+        streams: what names each prompt's randomness; default 0, 1, ...
+        past_key_values: the `EvictionCache` of sequences to continue; default a new one.
+        arguments: of `generate`.
+    """
+    for name in ("custom_generate", "trust_remote_code"):
+        arguments.pop(name, None)
+    if input_ids is not None:
+        arguments["input_ids"] = input_ids
+    before = model.config._attn_implementation
+    model.set_attn_implementation("vkvtrain")
+    try:
+        if past_key_values is None:
+            past_key_values = EvictionCache(EvictionConfig(**{**EVICTION, **(eviction or {})}), model.config, streams)
+        return _MIXIN.generate(model, past_key_values=past_key_values, **arguments)
+    finally:
+        model.set_attn_implementation(before)

@@ -1,0 +1,139 @@
+"""Write a directory that stands on its own: weights, eviction setting, tokenizer, card and decoding code."""
+
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from peft import PeftConfig, PeftModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from vkvtrain.config import CONFIG_NAME
+from vkvtrain.loading import ADAPTER_WEIGHTS
+from vkvtrain.publishing.card import model_card
+from vkvtrain.publishing.measured import Evaluation
+from vkvtrain.publishing.run import Run
+
+_CODE = Path(__file__).parent / "custom_generate"
+_LIBRARIES = ("python", "vkvtrain", "torch", "transformers", "peft", "accelerate")
+_SETTING = re.compile(r"^EVICTION: dict\[str, Any\] = .*$", re.MULTILINE)
+
+
+def export(
+    run: Run, evaluation: Evaluation | None, directory: Path, name: str, *, merge: bool, overwrite: bool
+) -> None:
+    """Write what is published; the directory appears when it is complete.
+
+    Args:
+        run: what is published.
+        evaluation: what was measured of it, or None.
+        directory: where to.
+        name: what the card calls it, `user/repository` or the directory's name.
+        merge: write whole weights, the adapter merged into them, instead of the adapter.
+        overwrite: replace an earlier publication there.
+
+    Raises:
+        ValueError: a directory that is taken, a base model that cannot be merged into, or a file that would tell a path
+            of this machine.
+    """
+    check_directory(directory, overwrite)
+    if merge:
+        check_mergeable(run)
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}-") as scratch:
+        new = Path(scratch) / "new"
+        new.mkdir()
+        write = _write_merged if merge else _write_adapter
+        write(run, new)
+        run.eviction.save_pretrained(new)
+        AutoTokenizer.from_pretrained(run.directory).save_pretrained(new)
+        _write_code(run, new / _CODE.name)
+        model_card(run, evaluation, name, _versions(run), merge).save(new / "README.md")
+        refuse_paths(new, run)
+        if directory.exists():
+            directory.rename(Path(scratch) / "old")
+        new.rename(directory)
+
+
+def check_directory(directory: Path, overwrite: bool) -> None:
+    """Raise ValueError where something is that must not be replaced."""
+    if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
+        return
+    if not (directory / CONFIG_NAME).is_file() or not (directory / _CODE.name).is_dir():
+        raise ValueError(f"--to {str(directory)!r} holds something else: choose another directory")
+    if not overwrite:
+        raise ValueError(f"--to {str(directory)!r} holds a publication: choose another directory, or pass --overwrite")
+
+
+def check_mergeable(run: Run) -> None:
+    """Raise ValueError for a base model whose weights cannot take an adapter without loss."""
+    base, source = run.base, Path(run.base.source)
+    if source.is_dir() and any(source.glob("*.gguf")) and not any(source.glob("*.safetensors")):
+        raise ValueError(
+            f"--merge needs a base model in safetensors, and {base.source!r} holds GGUF: convert it first, or publish "
+            "the adapter alone"
+        )
+    try:
+        config = AutoConfig.from_pretrained(base.source, revision=base.revision or "main")
+    except OSError as error:
+        raise ValueError(f"base model {base.source!r} cannot be loaded: {' '.join(str(error).split())}") from None
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(
+            f"--merge needs a base model that is not quantized, and {base.name or base.source!r} is: publish the "
+            "adapter alone, or train on the unquantized model"
+        )
+
+
+def _write_adapter(run: Run, directory: Path) -> None:
+    """The adapter, unchanged but for the name of its base model."""
+    shutil.copyfile(run.directory / ADAPTER_WEIGHTS, directory / ADAPTER_WEIGHTS)
+    settings: Any = PeftConfig.from_pretrained(str(run.directory))
+    settings.base_model_name_or_path, settings.revision = run.base.name, run.base.revision
+    settings.save_pretrained(directory)
+    try:
+        generation = GenerationConfig.from_pretrained(run.base.source, revision=run.base.revision or "main")
+    except OSError:
+        return  # a base model without one; with one it is loaded with the base model in any case
+    generation.save_pretrained(directory)
+
+
+def _write_merged(run: Run, directory: Path) -> None:
+    base, dtype = run.base, run.recipe["model"].get("dtype", "auto")
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        base.source, revision=base.revision or "main", dtype=dtype, use_safetensors=True
+    )
+    adapted: Any = PeftModel.from_pretrained(model, run.directory)
+    adapted.merge_and_unload(safe_merge=True).save_pretrained(directory)
+
+
+def _write_code(run: Run, directory: Path) -> None:
+    """`custom_generate/`, its code with the run's eviction setting in the place of the default."""
+    shutil.copytree(_CODE, directory, ignore=shutil.ignore_patterns("__pycache__"))
+    path = directory / "generate.py"
+    setting = f"EVICTION: dict[str, Any] = {run.eviction.model_dump(mode='python')!r}"
+    text, replaced = _SETTING.subn(lambda _: setting, path.read_text())
+    assert replaced == 1, "generate.py has lost its setting"
+    path.write_text(text)
+
+
+def _versions(run: Run) -> Mapping[str, str]:
+    path = run.directory / "environment.json"
+    found = json.loads(path.read_bytes()) if path.is_file() else {}
+    return {name: str(found[name]) for name in _LIBRARIES if name in found}
+
+
+def refuse_paths(directory: Path, run: Run) -> None:
+    """Raise ValueError if a text file tells where on this machine the run or its base model was."""
+    private = {str(run.directory.resolve()), str(Path.home()) + "/"}
+    if Path(run.base.source).is_dir():
+        private |= {run.base.source, str(Path(run.base.source).resolve())}
+    private -= {"//", "/"}
+    for path in sorted(directory.rglob("*")):
+        if path.is_file() and path.suffix != ".safetensors":
+            text = path.read_text(encoding="utf-8", errors="replace")
+            told = next((secret for secret in sorted(private) if secret in text), None)
+            if told is not None:
+                raise ValueError(f"{path.name} would publish the path {told!r}: remove it from the run and try again")

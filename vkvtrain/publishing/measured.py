@@ -1,0 +1,134 @@
+"""What was measured of a model and of its controls, as an evaluation wrote it. Knows nothing of cards."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+RESULTS = "results.json"
+
+
+class Interval(BaseModel):
+    """A share of the problems, with its 95% interval."""
+
+    model_config = ConfigDict(frozen=True)
+
+    value: float = Field(allow_inf_nan=False)
+    low: float = Field(allow_inf_nan=False)
+    high: float = Field(allow_inf_nan=False)
+
+    def __str__(self) -> str:
+        return f"{self.value:.1%} [{self.low:.1%}, {self.high:.1%}]"
+
+
+class Row(BaseModel):
+    """One model under one cache on one task; further columns of a results file are left out."""
+
+    model_config = ConfigDict(frozen=True)
+
+    model: str
+    task: str | None = None
+    cache: str = Field(pattern="^(full|evicted)$")
+    policy: str
+    budget: int | None = None
+    compression: float | None = None
+    """Mean final length / budget."""
+    n: int = Field(ge=1)
+    """Problems."""
+    seed: int | None = None
+    exact_match: Interval
+    fact_match: float | None = None
+    tokens: float
+    looping_or_cut_off: float
+    peak_kv_bytes: float
+    """Per sequence."""
+    evictions: float
+
+    @property
+    def setting(self) -> str:
+        """The cache in words."""
+        return "full cache" if self.cache == "full" else f"evicted by {self.policy} at budget {self.budget}"
+
+    @property
+    def task_name(self) -> str:
+        return self.task or "unnamed task"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The rows of a results file, and which of its models is the one to publish."""
+
+    rows: Sequence[Row]
+    model: str
+
+    @property
+    def own(self) -> list[Row]:
+        """The rows of the model itself; the others are its controls."""
+        return [row for row in self.rows if row.model == self.model]
+
+    def missing_controls(self) -> list[str]:
+        """The comparisons that a claim about eviction needs and that were not measured."""
+        wanted: list[tuple[str, str, str | None, int | None]] = []
+        for task in dict.fromkeys(row.task for row in self.own):
+            evicted = [row for row in self.own if row.cache == "evicted" and row.task == task]
+            if evicted:
+                wanted.append(("base", "full", task, None))
+            wanted += [(who, "evicted", task, row.budget) for row in evicted for who in ("base", "dense")]
+        missing = []
+        for who, cache, task, budget in wanted:
+            there = any(
+                row.model.startswith(who) and row.cache == cache and row.task == task and row.budget == budget
+                for row in self.rows
+            )
+            name = {"base": "the base model", "dense": "a dense-trained adapter on the same data"}[who]
+            where = "with the full cache" if cache == "full" else f"evicted at budget {budget}"
+            if not there:
+                missing.append(f"{name} {where}")
+        return missing
+
+
+def find_results(run: Path) -> Path | None:
+    """The results that `vkvtrain` commands leave in a run's directory or beside it."""
+    return next((path for path in (run / RESULTS, run.parent / RESULTS) if path.is_file()), None)
+
+
+def read_results(path: Path, model: str) -> Evaluation:
+    """The evaluation in a results file.
+
+    Args:
+        path: a JSON list of rows, as `make demo` writes it.
+        model: what the rows of the model to publish call it.
+
+    Raises:
+        ValueError: no such file, rows that are none, no row of the model, or none of it under eviction.
+    """
+    try:
+        rows = TypeAdapter(list[Row]).validate_python(json.loads(path.read_bytes()))
+    except OSError as error:
+        raise ValueError(f"--results {str(path)!r} cannot be read: {error.strerror}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"--results {str(path)!r} is not valid JSON: {error}") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"][1:])
+        number = f"row {int(first['loc'][0]) + 1}: " if first["loc"] else ""
+        raise ValueError(f"--results {str(path)!r}: {number}{place}: {first['msg']}".replace(": : ", ": ")) from None
+    return checked(Evaluation(rows, model), path)
+
+
+def checked(evaluation: Evaluation, path: Path) -> Evaluation:
+    """Raise ValueError unless the model was measured under eviction."""
+    known = sorted({row.model for row in evaluation.rows})
+    if not evaluation.own:
+        raise ValueError(
+            f"--results {str(path)!r} has no row of model {evaluation.model!r}: say which one this run is with "
+            f"--results-model (there are: {', '.join(known) or 'none'})"
+        )
+    if all(row.cache == "full" for row in evaluation.own):
+        raise ValueError(
+            f"--results {str(path)!r} measured {evaluation.model!r} with the full cache only: evaluate it under "
+            "eviction too, or pass --not-evaluated"
+        )
+    return evaluation

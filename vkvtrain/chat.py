@@ -59,7 +59,8 @@ class Conversation:
         if self.tokens:
             turns = [{"role": "user", "content": "-"}, {"role": "assistant", "content": _MARK}, *turns]
         rendered = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        added = self.tokenizer(rendered.rpartition(_MARK)[2], add_special_tokens=False)["input_ids"]
+        after = rendered.partition(_MARK)[2] if self.tokens else rendered
+        added = self.tokenizer(after, add_special_tokens=False)["input_ids"]
         # the template closes the answer; an answer that ended by itself has closed itself
         return added[1:] if self.tokens and added[:1] == self.tokens[-1:] else added
 

@@ -36,7 +36,7 @@ from vkvtrain.training.overrides import load_recipe
 from vkvtrain.training.run import Run
 from vkvtrain.training.schedule import is_dense, step_eviction
 from vkvtrain.training.settings import Recipe
-from vkvtrain.training.watch import Failed
+from vkvtrain.training.watch import Failed, Watch
 
 ROOT = Path(__file__).parents[1]
 EVICTED = {"policy": "vase_attnv", "budget": 24, "window": 8}
@@ -587,7 +587,7 @@ def test_gradients_are_clipped_to_the_norm(source, tmp_path):
     optimizer = Recorder([weight for weight in model.parameters() if weight.requires_grad], lr=1.0)
     tokenizer = AutoTokenizer.from_pretrained(str(MODEL_PATH))
     logged = train_step(
-        Run(settings, accelerator, model, optimizer, None, load_data(settings.data, tokenizer), tokenizer)
+        Run(settings, accelerator, model, optimizer, None, load_data(settings.data, tokenizer), tokenizer, Watch(64))
     )
     assert logged["grad_norm"] > 0.5
     assert seen == pytest.approx([0.25], rel=1e-4)

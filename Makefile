@@ -14,7 +14,7 @@ export TOKENIZERS_PARALLELISM := false
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'vkvtrain needs Python 3.11 or newer: make PYTHON=python3.11')"
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[eval,deepspeed,tensorboard,gguf,dev]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[eval,deepspeed,tensorboard,gguf,gym,dev]"
 	touch $@
 
 demo: .venv/installed

@@ -397,7 +397,7 @@ def test_the_teacher_is_the_base_model_with_the_full_cache(trained):
 def test_distillation_is_the_sum_of_both_losses_and_trains_the_adapter_alone(trained):
     settings, model, _, batch = trained
     config = settings.eviction_configs()[0]
-    run = prepare(settings, Accelerator(), model, TrainingData([], [], 0), tokenizer=None)
+    run = prepare(settings, Accelerator(), model, TrainingData([], [], []), tokenizer=None)
     trainable = {name for name, weight in model.named_parameters() if weight.requires_grad}
     with torch.no_grad(), simulated_eviction(model, config, batch.prompt_lengths, batch.streams):
         student = response_logits(model, batch)

@@ -171,7 +171,7 @@ def test_thinking_is_refused_where_continuations_are_scored():
 
 def test_tasks_of_lm_eval_mean_decoding(tmp_path):
     """Multiple choice and perplexity through lm-eval: its aggregates follow from decoding token by token."""
-    docs = [problem("validation", 1, index, 12) for index in range(4)]
+    docs = [problem("validation", 1, index, 10) for index in range(2)]
     rows = [
         {
             "prompt": doc.prompt,

@@ -14,7 +14,7 @@ export TOKENIZERS_PARALLELISM := false
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'vkvtrain needs Python 3.11 or newer: make PYTHON=python3.11')"
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[eval,reasoning,deepspeed,tensorboard,gguf,dev]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[eval,deepspeed,tensorboard,gguf,gym,dev]"
 	touch $@
 
 demo: .venv/installed
@@ -29,7 +29,7 @@ test: .venv/installed
 .venv-oldest/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/python -m pip install --quiet --constraint constraints.txt torch
-	.venv-oldest/bin/python -m pip install --quiet "transformers==5.17.0" --editable ".[eval,reasoning]" pytest pytest-xdist hypothesis
+	.venv-oldest/bin/python -m pip install --quiet "transformers==5.17.0" --editable ".[eval]" pytest pytest-xdist hypothesis
 	touch $@
 
 test-oldest: .venv-oldest/installed

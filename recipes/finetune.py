@@ -17,8 +17,10 @@ one sentence on standard error and exit status 2, before any model is loaded.
 
 import sys
 
+from vkvtrain.training.interrupts import Interrupted
 from vkvtrain.training.loop import train
 from vkvtrain.training.overrides import describe_settings, load_recipe, parse_command
+from vkvtrain.training.watch import Failed
 
 
 def main(arguments: list[str]) -> int:
@@ -31,6 +33,12 @@ def main(arguments: list[str]) -> int:
     except ValueError as error:
         print(f"finetune: {error}", file=sys.stderr)
         return 2
+    except Failed as failure:
+        print(f"finetune: {failure}", file=sys.stderr)
+        return 1
+    except Interrupted as interrupted:
+        print(f"finetune: {interrupted}", file=sys.stderr)
+        return interrupted.status
     return 0
 
 

@@ -183,7 +183,7 @@ def test_every_setting_can_be_named_and_is_explained(finetune, capsys):
     assert finetune(["--help"]) == 0
     printed = capsys.readouterr().out
     for name in names:
-        if name not in ("model", "data", "lora", "training", "optim", "log"):
+        if name not in ("model", "data", "lora", "training", "optim", "checkpoint", "log"):
             found = re.search(rf"^  --{re.escape(name)} \[(.*)\]\n      (.+)$", printed, re.MULTILINE)
             assert found, name
             assert found[2] != "None", name

@@ -29,12 +29,14 @@ from vkvtrain.tiny import MODEL_PATH
 from vkvtrain.training import loop, objectives
 from vkvtrain.training.data import Row, TrainingData, collate, load_data, sample, step_batches
 from vkvtrain.training.launch import asked_of_accelerate, asked_processes, check_world_size
-from vkvtrain.training.loop import Run, prepare, train, train_step
+from vkvtrain.training.loop import prepare, train, train_step
 from vkvtrain.training.models import load_model
 from vkvtrain.training.objectives import forward_kl, response_logits, teacher_logits
 from vkvtrain.training.overrides import load_recipe
+from vkvtrain.training.run import Run
 from vkvtrain.training.schedule import is_dense, step_eviction
 from vkvtrain.training.settings import Recipe
+from vkvtrain.training.watch import Failed, Watch
 
 ROOT = Path(__file__).parents[1]
 EVICTED = {"policy": "vase_attnv", "budget": 24, "window": 8}
@@ -395,7 +397,7 @@ def test_the_teacher_is_the_base_model_with_the_full_cache(trained):
 def test_distillation_is_the_sum_of_both_losses_and_trains_the_adapter_alone(trained):
     settings, model, _, batch = trained
     config = settings.eviction_configs()[0]
-    run = prepare(settings, Accelerator(), model, TrainingData([], [], 0), tokenizer=None)
+    run = prepare(settings, Accelerator(), model, TrainingData([], [], []), tokenizer=None)
     trainable = {name for name, weight in model.named_parameters() if weight.requires_grad}
     with torch.no_grad(), simulated_eviction(model, config, batch.prompt_lengths, batch.streams):
         student = response_logits(model, batch)
@@ -560,13 +562,14 @@ def test_a_finished_run_is_not_overwritten_by_accident(source, tmp_path):
 def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_no_adapter(source, tmp_path):
     run(recipe(source, tmp_path / "run", training={"steps": 1, "global_batch": 2}))
     broken = recipe(source, tmp_path / "run", training={"global_batch": 2}, optim={"learning_rate": 1e30})
-    with pytest.raises(FloatingPointError, match=r"the loss of step 2 is nan; samples \[\d+, \d+\].*learning_rate"):
+    with pytest.raises(Failed, match=r"the loss of step 2 is nan; samples \[\d+, \d+\].*learning_rate"):
         train(broken, overwrite=True)
     assert not (tmp_path / "run" / "adapter_model.safetensors").exists()
     assert len(metrics(tmp_path / "run")) == 1
-    run(
-        recipe(source, tmp_path / "run", training={"steps": 1, "global_batch": 2})
-    )  # what is unfinished may be replaced
+    other = recipe(source, tmp_path / "run", training={"steps": 1, "global_batch": 2})
+    with pytest.raises(ValueError, match="holds checkpoints of another recipe"):
+        run(other)
+    run(other, overwrite=True)
 
 
 def test_gradients_are_clipped_to_the_norm(source, tmp_path):
@@ -584,7 +587,7 @@ def test_gradients_are_clipped_to_the_norm(source, tmp_path):
     optimizer = Recorder([weight for weight in model.parameters() if weight.requires_grad], lr=1.0)
     tokenizer = AutoTokenizer.from_pretrained(str(MODEL_PATH))
     logged = train_step(
-        Run(settings, accelerator, model, optimizer, None, load_data(settings.data, tokenizer), tokenizer)
+        Run(settings, accelerator, model, optimizer, None, load_data(settings.data, tokenizer), tokenizer, Watch(64))
     )
     assert logged["grad_norm"] > 0.5
     assert seen == pytest.approx([0.25], rel=1e-4)

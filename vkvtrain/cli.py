@@ -5,8 +5,11 @@ import sys
 from itertools import takewhile
 from typing import Any
 
-_HELP = """usage: vkvtrain [-h] [--version] {inspect,lm-eval,publish,chat} ...
+_HELP = """usage: vkvtrain [-h] [--version] {data,inspect,lm-eval,publish,chat} ...
 
+  data      preview RECIPE: rows as the trainer sees them, their lengths, evictions and loss masks;
+            generate: training traces by the model itself under the full cache, kept if a verifier says they are right:
+            vkvtrain data generate --model Qwen/Qwen3-0.6B --source problems.jsonl --output traces.jsonl
   inspect   what a policy keeps of a text: a table, a picture and a page. Try it without arguments, or with
             --model Qwen/Qwen3-0.6B --text story.txt --policy vase_attnv --compare snapkv; see inspect --help
   lm-eval   lm-eval with the model `vkv`, whose generation uses the evicting cache; takes lm-eval's own arguments:
@@ -32,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
 
         print(__version__)
         return 0
-    commands = {"inspect": inspect, "lm-eval": lm_eval, "publish": publish, "chat": chat}
+    commands = {"data": data, "inspect": inspect, "lm-eval": lm_eval, "publish": publish, "chat": chat}
     if rest[0] not in commands:
         print(f"vkvtrain: there is no command {rest[0]!r} (known: {', '.join(commands)})", file=sys.stderr)
         return 2
@@ -42,6 +45,17 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"vkvtrain {rest[0]}: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def data(arguments: list[str]) -> None:
+    """Look at training rows, or make them."""
+    if arguments[:1] == ["preview"]:
+        from vkvtrain.training.data.preview import main as run
+    elif arguments[:1] == ["generate"]:
+        from vkvtrain.traces.command import main as run
+    else:
+        raise ValueError("say what to do: preview or generate; see vkvtrain --help")
+    run(arguments[1:])
 
 
 def inspect(arguments: list[str]) -> None:

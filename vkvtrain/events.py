@@ -101,8 +101,16 @@ def schedule(prompt: int | Chunks, length: int, budget: int, window: int) -> lis
 
 
 def evictions_by(prompt_length: int | Chunks, length: int, budget: int, window: int) -> int:
-    """Number of eviction events once the cache has seen `length` tokens."""
-    return len(schedule(prompt_length, length, budget, window))
+    """Number of eviction events once the cache has seen `length` tokens.
+
+    For one prompt by arithmetic, as data sets ask for it: the first event comes with the first multiple of the window
+    above budget and prompt, then one every `window` tokens.
+    """
+    if not isinstance(prompt_length, int):
+        return len(schedule(prompt_length, length, budget, window))
+    normalise_chunks(prompt_length, length)
+    first = (max(budget, prompt_length) // window + 1) * window
+    return 0 if length < first else (length - first) // window + 1
 
 
 def peak_entries(prompt_length: int | Chunks, length: int, budget: int, window: int) -> int:

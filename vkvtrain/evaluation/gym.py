@@ -12,7 +12,7 @@ def _library() -> Any:
     try:
         import reasoning_gym
     except ImportError:
-        raise ValueError("reasoning-gym is not installed: pip install 'vkvtrain[reasoning]'") from None
+        raise ValueError("reasoning-gym is not installed: pip install 'vkvtrain[gym]'") from None
     return reasoning_gym
 
 

@@ -5,73 +5,57 @@ the noise and the dropout all follow from (recipe, step), so a run can be cut at
 objective, log and run directory each have their module.
 """
 
-import math
+import signal
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import gather_object, set_seed
 from transformers import get_scheduler
 
 from vkvtrain.attention import Trace
+from vkvtrain.training.checkpoints import Checkpoint
 from vkvtrain.training.data import Batch, TrainingData, load_data, step_batches
+from vkvtrain.training.engines import accumulating, gather_weights, make_accelerator, restore_weights
 from vkvtrain.training.held_out import held_out_losses
+from vkvtrain.training.interrupts import Interrupt, Interrupted, interruptible
 from vkvtrain.training.launch import asked_processes, check_world_size
-from vkvtrain.training.logs import Log
-from vkvtrain.training.models import load_model, load_tokenizer
+from vkvtrain.training.logs import Log, trackers
+from vkvtrain.training.models import check_model, load_model, load_tokenizer
 from vkvtrain.training.objectives import forward_kl, response_logits, sft_loss, teacher_logits
 from vkvtrain.training.passes import simulation, what_happened
 from vkvtrain.training.plan import plan
+from vkvtrain.training.resume import checkpoint_to_continue, restore_run, save_run
+from vkvtrain.training.run import Run
 from vkvtrain.training.run_directory import check_output, finish_run, start_run
 from vkvtrain.training.schedule import step_eviction
 from vkvtrain.training.settings import Recipe
-
-
-@dataclass
-class Run:
-    """A training run between two steps."""
-
-    recipe: Recipe
-    accelerator: Accelerator
-    model: Any
-    """The adapted model as `accelerator.prepare` returns it."""
-    optimizer: Any
-    scheduler: Any
-    data: TrainingData
-    tokenizer: Any
-    step: int = 0
-    """Finished optimiser steps, which is also the number of the next one, from 0."""
-
-    @property
-    def pad(self) -> int:
-        """Token that fills a batch up; it is masked."""
-        pad = self.tokenizer.pad_token_id
-        return self.tokenizer.eos_token_id if pad is None else pad
+from vkvtrain.training.watch import Failed, Watch
 
 
 def train(recipe: Recipe, dry_run: bool = False, overwrite: bool = False) -> None:
-    """Train an adapter as the recipe says, and write it to `recipe.output`.
+    """Train an adapter as the recipe says, and write it to `recipe.output`; goes on where a run was cut.
 
     Args:
         recipe: the settings.
         dry_run: print the plan and stop.
-        overwrite: replace a finished run in the output directory.
+        overwrite: start afresh where the output directory holds a run, finished or not.
 
     Raises:
-        ValueError: settings that do not fit the data, the model or the launch.
-        FloatingPointError: a loss that is not finite.
+        ValueError: settings that do not fit the data, the model, the launch or what the output holds.
+        Failed: a loss that is not finite, or has diverged.
+        Interrupted: by SIGTERM or Ctrl-C, after a checkpoint.
     """
     check_output(recipe.output, overwrite)
-    accelerator = Accelerator(
-        log_with=None if recipe.log.tracker == "none" else recipe.log.tracker, project_dir=recipe.output
-    )
+    accelerator = make_accelerator(recipe, trackers(recipe.log))
     check_world_size(recipe, accelerator.num_processes)
+    check_model(recipe)
     set_seed(recipe.seed)
     tokenizer = load_tokenizer(recipe)
     data = load_data(recipe.data, tokenizer, progress=accelerator.is_main_process)
+    checkpoint = None if dry_run else checkpoint_to_continue(recipe, data, accelerator, overwrite)
     model = load_model(recipe)
     if accelerator.is_main_process:
         print(plan(recipe, data, tokenizer, model, accelerator.num_processes, asked_processes()), flush=True)
@@ -79,20 +63,46 @@ def train(recipe: Recipe, dry_run: bool = False, overwrite: bool = False) -> Non
         return
     if accelerator.is_main_process:
         start_run(recipe)
-    run = prepare(recipe, accelerator, model, data, tokenizer)
-    log = Log(recipe, accelerator)
-    while run.step < recipe.training.steps:
-        log.write(next_step(run))
-    accelerator.wait_for_everyone()
+        if checkpoint is not None:
+            print(f"continues after step {checkpoint.step}, from {checkpoint.path}", flush=True)
+    run = prepare(recipe, accelerator, model, data, tokenizer, checkpoint)
+    log = Log(recipe, accelerator, run.step)
+    try:
+        with interruptible() as interrupt:
+            optimise(run, log, interrupt)
+    finally:
+        log.close()
+    weights = gather_weights(accelerator, run.adapted)
     if accelerator.is_main_process:
-        finish_run(recipe, accelerator.unwrap_model(run.model), tokenizer)
+        finish_run(recipe, run.adapted, weights, tokenizer)
         print(f"adapter written to {recipe.output}")
-    log.close()
 
 
-def prepare(recipe: Recipe, accelerator: Accelerator, model: Any, data: TrainingData, tokenizer: Any) -> Run:
-    """The run before its first step."""
+def optimise(run: Run, log: Log, interrupt: Interrupt) -> None:
+    """All steps that are left, with their log and checkpoints."""
+    steps, every = run.recipe.training.steps, run.recipe.checkpoint.every
+    while run.step < steps:
+        try:
+            log.write(next_step(run))
+        except Failed as failure:
+            saved = save_run(run, log) if run.step else None
+            raise Failed(f"{failure}; the state before it: {saved or 'none was saved'}") from None
+        # any process may have got the signal: they stop together
+        signum = int(over_processes(run.accelerator, torch.tensor(interrupt.signum, device=run.accelerator.device)))
+        if signum or (run.step % every == 0 and run.step < steps):
+            saved = save_run(run, log)
+            if signum:
+                raise Interrupted(interrupt.signum or signal.SIGTERM, run.step, saved)
+
+
+def prepare(
+    recipe: Recipe, accelerator: Accelerator, model: Any, data: TrainingData, tokenizer: Any,
+    checkpoint: Checkpoint | None = None,
+) -> Run:  # fmt: skip
+    """The run before its first step, or where a checkpoint left it."""
     optim = recipe.optim
+    if checkpoint is not None:
+        restore_weights(model, checkpoint.weights)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
         parameters, lr=optim.learning_rate, betas=optim.betas, weight_decay=optim.weight_decay
@@ -101,9 +111,13 @@ def prepare(recipe: Recipe, accelerator: Accelerator, model: Any, data: Training
     scheduler = get_scheduler(
         schedule, optimizer, num_warmup_steps=optim.warmup_steps, num_training_steps=recipe.training.steps
     )
+    vocabulary = model.config.get_text_config().vocab_size
     model, optimizer = accelerator.prepare(model, optimizer)
     model.train()  # as loaded it evaluates: neither dropout nor checkpointing
-    return Run(recipe, accelerator, model, optimizer, scheduler, data, tokenizer)
+    run = Run(recipe, accelerator, model, optimizer, scheduler, data, tokenizer, Watch(vocabulary))
+    if checkpoint is not None:
+        restore_run(run, checkpoint)
+    return run
 
 
 def next_step(run: Run) -> dict[str, Any]:
@@ -141,7 +155,7 @@ def train_step(run: Run) -> dict[str, Any]:
     loss, seen = torch.zeros((), device=accelerator.device), torch.zeros(2, device=accelerator.device)
     for number, batch in enumerate(batches):
         last = number + 1 == len(batches)
-        with nullcontext() if last else accelerator.no_sync(model), simulation(model, config, batch) as trace:
+        with accumulating(accelerator, model, last), simulation(model, config, batch) as trace:
             summed = objective(run, batch, trace)
             # gradients are averaged over processes: divide by the mean token count, not by this process's own
             accelerator.backward(summed * accelerator.num_processes / targets)
@@ -150,10 +164,11 @@ def train_step(run: Run) -> dict[str, Any]:
             share = len(batch.streams) / len(samples)
             seen += torch.tensor(what_happened(trace, batch), device=accelerator.device) * share
     total = over_processes(accelerator, loss).item()
-    if not math.isfinite(total):
-        raise FloatingPointError(
-            f"the loss of step {run.step + 1} is {total}; samples {samples} on rank {accelerator.process_index}: "
-            "lower optim.learning_rate, or look at these samples"
+    problem = run.watch.problem(total)
+    if problem is not None:
+        raise Failed(
+            f"the loss of step {run.step + 1} {problem}; samples {gather_object(samples)}: lower "
+            "optim.learning_rate, or look at these samples"
         )
     norm: Any = accelerator.clip_grad_norm_(model.parameters(), recipe.optim.max_grad_norm)
     run.optimizer.step()

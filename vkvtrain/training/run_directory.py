@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from torch import Tensor
 
+from vkvtrain.training.checkpoints import sync
 from vkvtrain.training.settings import Recipe
 
 FINISHED = "adapter_model.safetensors"
 METRICS = "metrics.jsonl"
+RECIPE = "recipe.yaml"
 
 
 def check_output(directory: Path, overwrite: bool) -> None:
@@ -34,16 +37,29 @@ def environment() -> dict[str, Any]:
 
 
 def start_run(recipe: Recipe) -> None:
-    """Write what is known before training, and begin the log."""
+    """Write what is known before training."""
     recipe.output.mkdir(parents=True, exist_ok=True)
     (recipe.output / FINISHED).unlink(missing_ok=True)
-    (recipe.output / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
+    (recipe.output / RECIPE).write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
     (recipe.output / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n")
-    (recipe.output / METRICS).write_text("")
 
 
-def finish_run(recipe: Recipe, model: Any, tokenizer: Any) -> None:
-    """Write the adapter, its tokenizer and the eviction setting that it was trained for; the weights come last."""
+def finish_run(recipe: Recipe, model: Any, weights: dict[str, Tensor], tokenizer: Any) -> None:
+    """Write the adapter, its tokenizer and the eviction setting that it was trained for; the weights come last.
+
+    Args:
+        recipe: of the run.
+        model: the adapted model.
+        weights: its trained weights by parameter, whole.
+        tokenizer: of the base model.
+    """
     recipe.trained_for().save_pretrained(recipe.output)
     tokenizer.save_pretrained(recipe.output)
-    model.save_pretrained(recipe.output, safe_serialization=True)
+    # the weights say that the run is finished, so they appear whole or not at all
+    beside = recipe.output / ".unfinished"
+    model.save_pretrained(beside, safe_serialization=True, state_dict=weights, save_embedding_layers=False)
+    for path in sorted(beside.iterdir(), key=lambda path: path.name == FINISHED):
+        sync(path)
+        path.replace(recipe.output / path.name)
+    beside.rmdir()
+    sync(recipe.output)

@@ -13,6 +13,9 @@ from pydantic import Field, model_validator
 
 from vkvtrain.config import EvictionConfig, Settings
 
+REWRITES_BASE = ("pissa", "olora")
+"""How the names of initialisations begin that move part of the base weights into the adapter."""
+
 
 class ModelSettings(Settings):
     name: str
@@ -21,6 +24,8 @@ class ModelSettings(Settings):
     """Branch, tag or commit on the Hub."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of the base weights; the adapter is trained in float32 whatever it is."""
+    quantization: Literal["none", "4bit", "8bit"] = "none"
+    """Base weights in 4-bit NormalFloat (QLoRA, Dettmers et al. 2023) or 8-bit integers; needs bitsandbytes."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
 
@@ -77,13 +82,26 @@ class LoraSettings(Settings):
     r: int = Field(default=16, ge=1)
     """Rank."""
     alpha: int = Field(default=32, ge=1)
-    """Scale: the update is multiplied by alpha / r."""
+    """Scale: the update is multiplied by alpha / r (by alpha / sqrt(r) with `rslora`)."""
+    rslora: bool = False
+    """Rank-stabilised scale (Kalajdzievski 2023): what suits one rank suits a larger one."""
+    dora: bool = False
+    """Train the magnitude of each weight column apart from its direction (Liu et al. 2024); slower."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout of the adapter's input."""
     target_modules: str | list[str] = "all-linear"
     """Modules that get an adapter, as peft names them."""
-    init: Literal["default", "gaussian", "pissa", "olora"] = "default"
-    """Initialisation; `pissa` and `olora` rewrite the base weights, which rules out `distill`."""
+    modules_to_save: list[str] = Field(default_factory=list)
+    """Modules that are trained whole and stored with the adapter, for example `[lm_head]`."""
+    init: Literal["default", "gaussian", "orthogonal", "pissa", "pissa_niter_16", "olora"] = "default"
+    """Initialisation; the `pissa` ones and `olora` rewrite the base weights, which rules out `distill`."""
+    continue_from: str | None = None
+    """Directory or Hub name of an adapter to train on from; its own rank, targets and kind hold."""
+
+    @property
+    def rewrites_base(self) -> bool:
+        """Whether the initialisation changes the base weights, so that disabling the adapter gives another model."""
+        return self.init.startswith(REWRITES_BASE)
 
 
 class TrainingSettings(Settings):
@@ -116,11 +134,27 @@ class OptimSettings(Settings):
     """Global gradient norm above which gradients are scaled down."""
 
 
+class CheckpointSettings(Settings):
+    every: int = Field(default=100, ge=1)
+    """Steps between two checkpoints; one is also written on SIGTERM and on Ctrl-C."""
+    keep: int = Field(default=2, ge=1)
+    """Newest checkpoints that are kept."""
+
+
+Tracker = Literal[
+    "auto", "none", "tensorboard", "wandb", "trackio", "comet_ml", "aim", "mlflow", "clearml", "dvclive", "swanlab"
+]
+
+
 class LogSettings(Settings):
     evaluate_every: int = Field(default=100, ge=1)
-    """Steps between two evaluations on the held-out rows."""
-    tracker: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
-    """An accelerate tracker beside `metrics.jsonl`."""
+    """Steps between two evaluations of the loss on the held-out rows, with the full cache and evicted."""
+    generate_every: int | None = Field(default=None, ge=1)
+    """Steps between two generations of held-out responses with the evicting cache; null: none."""
+    generate_samples: int = Field(default=16, ge=1)
+    """Held-out prompts that are answered then, greedily."""
+    tracker: Tracker = "auto"
+    """An accelerate tracker beside `metrics.jsonl`; `auto` is TensorBoard where it is installed."""
 
 
 class Recipe(Settings):
@@ -137,6 +171,7 @@ class Recipe(Settings):
     """Fields of `EvictionConfig`; `budget` may be a list, from which every step draws one. null: no eviction."""
     training: TrainingSettings
     optim: OptimSettings = Field(default_factory=OptimSettings)
+    checkpoint: CheckpointSettings = Field(default_factory=CheckpointSettings)
     log: LogSettings = Field(default_factory=LogSettings)
     output: Path
     """Directory to write."""
@@ -149,11 +184,13 @@ class Recipe(Settings):
             self.eviction_configs()
         except ValueError as error:
             raise ValueError(f"eviction: {error}") from None
-        if self.training.objective == "distill" and self.lora.init in ("pissa", "olora"):
+        if self.training.objective == "distill" and self.lora.rewrites_base:
             raise ValueError(
                 f"lora.init {self.lora.init!r} rewrites the base weights, so the model without its adapter is no "
                 "teacher: use 'default' or 'gaussian', or objective 'sft'"
             )
+        if self.log.generate_every is not None and not self.data.held_out:
+            raise ValueError("log.generate_every needs held-out rows: raise data.held_out, or leave it out")
         if self.optim.warmup_steps > self.training.steps:
             raise ValueError(
                 f"optim.warmup_steps ({self.optim.warmup_steps}) is more than training.steps ({self.training.steps}): "

@@ -46,7 +46,8 @@ def load_data(settings: DataSettings, tokenizer: Any, progress: bool = False) ->
     """
     parts: list[list[Row]] = []
     all_lengths: list[int] = []
-    left_out = unusable = 0
+    too_long: list[tuple[int, int]] = []
+    unusable = 0
     limit = settings.max_length
     for name, records in zip(("training rows", "held-out rows"), read_records(settings), strict=True):
         reading = Reading(records, settings, name if progress else None)
@@ -56,7 +57,7 @@ def load_data(settings: DataSettings, tokenizer: Any, progress: bool = False) ->
             if limit is None or row.length <= limit:
                 kept.append(row)
             else:
-                left_out += 1
+                too_long.append((row.index, row.length))
         if not all_lengths:
             raise ValueError(
                 f"{settings.source}: none of the {reading.unusable} training rows has a correct generation; set "
@@ -69,7 +70,7 @@ def load_data(settings: DataSettings, tokenizer: Any, progress: bool = False) ->
         parts.append(kept)
         unusable += reading.unusable
     check_packing(settings, parts[0])
-    return TrainingData(parts[0], parts[1], left_out, unusable)
+    return TrainingData(parts[0], parts[1], too_long, unusable)
 
 
 def check_packing(settings: DataSettings, rows: list[Row]) -> None:

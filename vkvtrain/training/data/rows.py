@@ -68,7 +68,12 @@ class Row:
 class TrainingData:
     train: list[Row]
     held_out: list[Row]
-    left_out: int
-    """Rows longer than `data.max_length`."""
+    too_long: list[tuple[int, int]]
+    """(index, tokens) of the rows above `data.max_length`, which are left out."""
     unusable: int = 0
     """Rows of the source without a correct generation."""
+
+    @property
+    def left_out(self) -> int:
+        """Rows longer than `data.max_length`."""
+        return len(self.too_long)

@@ -1,0 +1,391 @@
+"""Runs that are killed, told to stop, or run out of disk, and go on: the same adapter as without."""
+
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from vkvtrain.tiny import MODEL_PATH
+from vkvtrain.training import checkpoints, loop, resume
+from vkvtrain.training.checkpoints import CHECKPOINTS, MANIFEST, newest_checkpoint, what_is_wrong, write_checkpoint
+from vkvtrain.training.interrupts import Interrupted, interruptible
+from vkvtrain.training.logs import MetricsFile, read_metrics
+from vkvtrain.training.loop import train
+from vkvtrain.training.settings import Recipe
+from vkvtrain.training.watch import PATIENCE, Failed, Watch
+
+ROOT = Path(__file__).parents[1]
+STEPS = 6
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    """accelerate keeps its state in singletons."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def recipe(output, **sections):
+    """Dropout, two budgets, a dense step, accumulation, a second epoch: all that depends on the step."""
+    chosen = {
+        "model": {"name": "tiny"},
+        "data": {"source": "tiny:keyed_sum", "rows": 10, "held_out": 0},
+        "lora": {"r": 4, "alpha": 8, "dropout": 0.2},
+        "eviction": {"policy": "vase_attnv", "budget": [48, 64], "window": 16},
+        "training": {"steps": STEPS, "global_batch": 3, "batch_per_device": 2, "dense_fraction": 0.2},
+        "optim": {"learning_rate": 1e-3, "warmup_steps": 2, "weight_decay": 0.1},
+        "checkpoint": {"every": 1},
+        "log": {"tracker": "none"},
+    }
+    return Recipe(
+        **{name: {**chosen.get(name, {}), **sections.get(name, {})} for name in {*chosen, *sections}}, output=output
+    )
+
+
+def weights(output):
+    return (output / "adapter_model.safetensors").read_bytes()
+
+
+def metrics(output):
+    """Rows of the log without what the clock and the machine say."""
+    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [{name: row[name] for name in row if name not in ("tokens_per_second", "peak_memory_gib")} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The output of a run that was never stopped."""
+    output = tmp_path_factory.mktemp("whole") / "run"
+    train(recipe(output))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    return output
+
+
+def in_another_process(settings, before):
+    """Train in a fork after `before()`; its exit status, negative for a signal."""
+    child = os.fork()
+    if child == 0:
+        try:
+            before()
+            train(settings)
+            os._exit(0)
+        except BaseException as error:
+            print(repr(error), file=sys.stderr)
+            os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def kill_at(module, name, count):
+    """SIGKILL in the middle of the run, at call `count` of a function."""
+
+    def patch():
+        inner, calls = getattr(module, name), iter(range(1, 10**6))
+
+        def counted(*args, **kwargs):
+            if next(calls) == count:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return inner(*args, **kwargs)
+
+        setattr(module, name, counted)
+
+    return patch
+
+
+def test_a_run_that_is_killed_again_and_again_gives_the_same_adapter(whole, tmp_path):
+    """At random places in steps, in files of a checkpoint, before and after it is renamed."""
+    settings, rng, killed = recipe(tmp_path / "run"), random.Random(0), []
+    for module, name, calls in (
+        (loop, "over_processes", 5),
+        (checkpoints, "write_file", 9),
+        (checkpoints, "sync", 3),
+        (checkpoints.shutil, "rmtree", 4),
+        (loop, "save_run", 2),
+        (checkpoints, "write_file", 4),
+    ):
+        count = rng.randint(1, calls)
+        status = in_another_process(settings, kill_at(module, name, count))
+        if status == 0:
+            break
+        assert status == -signal.SIGKILL
+        killed.append((name, count, newest_checkpoint(settings.output)))
+    assert len(killed) >= 4
+    if not (settings.output / "adapter_model.safetensors").exists():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what was being written when it was killed
+            train(settings)
+    assert weights(settings.output) == weights(whole)
+    assert metrics(settings.output) == metrics(whole)
+
+
+def test_a_run_without_checkpoints_in_between_gives_the_same_adapter(whole, tmp_path):
+    settings = recipe(tmp_path / "run", checkpoint={"every": 100})
+    train(settings)
+    assert not (settings.output / CHECKPOINTS).exists()
+    assert weights(settings.output) == weights(whole)
+
+
+@pytest.fixture
+def stopped(tmp_path):
+    """A run that SIGTERM stopped after step 3, and its settings; the adapter of an earlier attempt is not there."""
+    return stop_after(recipe(tmp_path / "run"), 3)
+
+
+def stop_after(settings, step, signum=signal.SIGTERM):
+    inner = loop.next_step
+
+    def signalled(run):
+        row = inner(run)
+        if run.step == step:
+            os.kill(os.getpid(), signum)
+        return row
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "next_step", signalled)
+        with pytest.raises(Interrupted, match=rf"after step {step}; checkpoint checkpoints/step-0+{step} is written"):
+            train(settings)
+    return settings
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_run_after_its_step_and_it_goes_on(whole, tmp_path, capsys, signum):
+    settings = stop_after(recipe(tmp_path / "run", checkpoint={"every": 4}), 3, signum)
+    assert newest_checkpoint(settings.output).name == "step-00000003"
+    assert len(metrics(settings.output)) == 3
+    assert not (settings.output / "adapter_model.safetensors").exists()
+    assert signal.getsignal(signum) in (signal.SIG_DFL, signal.default_int_handler)
+    train(settings)
+    assert "continues after step 3, from" in capsys.readouterr().out
+    assert weights(settings.output) == weights(whole)
+    assert metrics(settings.output) == metrics(whole)
+
+
+def test_the_statuses_of_signals():
+    for signum, status in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
+        assert Interrupted(signum, 3, "checkpoints/x").status == status
+    assert "NO checkpoint could be written" in str(Interrupted(signal.SIGTERM, 3, None))
+
+
+def test_a_second_ctrl_c_does_not_wait():
+    with interruptible() as interrupt:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert interrupt.signum == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.slow
+def test_the_command_is_stopped_by_sigterm_and_continues(whole, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(json.dumps(recipe(tmp_path / "run").model_dump(mode="json")))
+    command = [sys.executable, "recipes/finetune.py", str(path)]
+    with subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        while process.poll() is None and not (tmp_path / "run" / CHECKPOINTS / "step-00000001").exists():
+            time.sleep(0.05)
+        process.terminate()
+        _, error = process.communicate(timeout=120)
+    assert process.returncode == 143, error
+    assert "finetune: stopped by SIGTERM after step" in error
+    assert "the same command continues" in error
+    again = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, timeout=120, check=False)
+    assert again.returncode == 0, again.stderr
+    assert "continues after step" in again.stdout
+    assert weights(tmp_path / "run") == weights(whole)
+
+
+def damage(path, how):
+    """A checkpoint that is not whole."""
+    state = path / "training_state.safetensors"
+    if how == "no manifest":
+        (path / MANIFEST).unlink()
+    elif how == "manifest cut":
+        (path / MANIFEST).write_bytes((path / MANIFEST).read_bytes()[:40])
+    elif how == "file missing":
+        state.unlink()
+    elif how == "file cut":
+        state.write_bytes(state.read_bytes()[:-100])
+    else:
+        content = bytearray(state.read_bytes())
+        content[len(content) // 2] ^= 1
+        state.write_bytes(content)
+
+
+DAMAGE = {
+    "no manifest": "it has no manifest.json",
+    "manifest cut": "its manifest.json cannot be read",
+    "file missing": "training_state.safetensors is missing",
+    "file cut": r"training_state.safetensors has \d+ bytes instead of \d+",
+    "one bit": "training_state.safetensors is damaged",
+}
+
+
+@pytest.mark.parametrize("how", DAMAGE)
+def test_a_checkpoint_that_is_not_whole_is_skipped_with_the_reason(tmp_path, how):
+    files = {"training_state.safetensors": bytes(1000), "training_state.json": b"{}"}
+    older, newer = (write_checkpoint(tmp_path, step, files, keep=3) for step in (10, 20))
+    assert newest_checkpoint(tmp_path) == newer
+    damage(newer, how)
+    with pytest.warns(UserWarning, match=rf"checkpoint .*step-00000020 is skipped: {DAMAGE[how]}"):
+        assert newest_checkpoint(tmp_path) == older
+    write_checkpoint(tmp_path, 15, files, keep=1)  # the damaged one does not count as one that is kept
+    assert [path.name for path in (tmp_path / CHECKPOINTS).iterdir()] == ["step-00000015"]
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(whole, stopped):
+    damage(stopped.output / CHECKPOINTS / "step-00000003", "one bit")
+    with pytest.warns(UserWarning, match="step-00000003 is skipped: .* is damaged"):
+        train(stopped)
+    assert weights(stopped.output) == weights(whole)
+    assert metrics(stopped.output) == metrics(whole)
+
+
+def test_the_newest_are_kept_and_none_when_all_are_damaged(tmp_path):
+    for step in range(1, 6):
+        write_checkpoint(tmp_path, step, {"training_state.json": b"{}"}, keep=2)
+    kept = sorted((tmp_path / CHECKPOINTS).iterdir())
+    assert [path.name for path in kept] == ["step-00000004", "step-00000005"]
+    assert [what_is_wrong(path) for path in kept] == [None, None]
+    for path in kept:
+        damage(path, "no manifest")
+    with pytest.warns(UserWarning, match="skipped"):
+        assert newest_checkpoint(tmp_path) is None
+    assert newest_checkpoint(tmp_path / "nowhere") is None
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_and_training_goes_on(whole, tmp_path, monkeypatch):
+    """A limit on the size of files fails writes as a full disk does, at any byte; from step 3 to step 5."""
+    settings, inner, seen = recipe(tmp_path / "run"), loop.save_run, {}
+    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+
+    def limited(run, log):
+        if run.step in (3, 4):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+        try:
+            saved = inner(run, log)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+        seen[run.step] = (saved, newest_checkpoint(run.recipe.output).name)
+        return saved
+
+    monkeypatch.setattr(loop, "save_run", limited)
+    with pytest.warns(UserWarning, match=r"checkpoint of step [34] could not be written \(File too large\).*goes on"):
+        train(settings)
+    assert [seen[step][0] for step in (3, 4)] == [None, None]
+    assert [seen[step][1] for step in range(1, 6)] == [f"step-{step:08d}" for step in (1, 2, 2, 2, 5)]
+    assert weights(settings.output) == weights(whole)
+
+
+def test_rows_of_the_log_wait_while_the_disk_is_full(tmp_path):
+    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    log = MetricsFile(tmp_path / "metrics.jsonl", 0)
+    log.append({"step": 1})
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20, hard))  # a row and a half
+    try:
+        for step in (2, 3):
+            with pytest.warns(UserWarning, match=r"metrics.jsonl could not be written \(File too large\)"):
+                log.append({"step": step})
+        with pytest.raises(OSError, match="File too large"):
+            log.flush()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    log.append({"step": 4})
+    assert read_metrics(log.path) == [{"step": step} for step in (1, 2, 3, 4)]
+
+
+def test_a_log_goes_on_without_missing_or_repeated_steps(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
+    MetricsFile(path, 2).append({"step": 3, "new": True})
+    assert read_metrics(path) == [{"step": 1}, {"step": 2}, {"step": 3, "new": True}]
+    MetricsFile(path, 0)
+    assert path.read_text() == ""
+
+
+@pytest.mark.parametrize(
+    ("section", "changes", "says"),
+    [
+        ("optim", {"learning_rate": 1e-2}, "optim.learning_rate"),
+        ("eviction", {"budget": [48, 80]}, "eviction.budget"),
+        ("training", {"steps": 9}, "training.steps"),
+    ],
+)
+def test_another_recipe_does_not_continue_a_run(stopped, section, changes, says):
+    other = stopped.model_dump()
+    other[section] |= changes
+    with pytest.raises(ValueError, match=rf"holds checkpoints of another recipe \(different: {says}\).*--overwrite"):
+        train(Recipe(**other))
+    assert newest_checkpoint(stopped.output).name == "step-00000003"
+
+
+def test_other_data_do_not_continue_a_run(stopped, monkeypatch):
+    monkeypatch.setattr(resume, "fingerprint", lambda data: "another")
+    with pytest.raises(ValueError, match=r"holds checkpoints of a run on other data \(data.source has changed\)"):
+        train(stopped)
+
+
+def test_where_it_goes_and_what_is_logged_may_change(whole, stopped, tmp_path):
+    stopped.output.rename(tmp_path / "moved")
+    changed = {"output": tmp_path / "moved", "checkpoint": {"every": 5, "keep": 1}, "log": {"tracker": "none"}}
+    train(Recipe(**{**stopped.model_dump(), **changed}))
+    assert weights(tmp_path / "moved") == weights(whole)
+    assert [path.name for path in (tmp_path / "moved" / CHECKPOINTS).iterdir()] == ["step-00000005"]
+
+
+def test_overwriting_starts_afresh(stopped):
+    other = stopped.model_copy(update={"seed": 1})
+    train(other, overwrite=True)
+    assert len(metrics(other.output)) == STEPS
+    assert newest_checkpoint(other.output).name == "step-00000005"
+
+
+def test_a_checkpoint_is_an_adapter_that_peft_loads(stopped):
+    path = newest_checkpoint(stopped.output)
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(str(MODEL_PATH)), path)
+    state = load_file(path / "training_state.safetensors")
+    loaded = {name: weight for name, weight in model.named_parameters() if "lora_" in name}
+    assert len(loaded) == 2 * 28
+    for name, weight in loaded.items():
+        assert torch.equal(weight, state[f"weight/{name}"])
+
+
+def test_a_failed_run_names_its_samples_and_saves_the_state_before(tmp_path, monkeypatch):
+    settings = recipe(tmp_path / "run", log={"tracker": "none"}, checkpoint={"every": 100})
+    inner = loop.objective
+
+    def broken(run, batch, trace):
+        return inner(run, batch, trace) * (float("nan") if run.step == 3 else 1)
+
+    monkeypatch.setattr(loop, "objective", broken)
+    with pytest.raises(
+        Failed, match=r"the loss of step 4 is nan; samples \[\d+, \d+, \d+\].*state before it: checkpoints/step-0+3$"
+    ):
+        train(settings)
+    assert newest_checkpoint(settings.output).name == "step-00000003"
+    assert len(metrics(settings.output)) == 3
+
+
+def test_what_divergence_is():
+    watch = Watch(vocabulary=100)
+    assert [watch.problem(loss) for loss in [1.0, 20.0] + [9.0] * 50] == [None] * 52  # twice guessing is 9.21
+    assert [watch.problem(9.3) for _ in range(PATIENCE - 1)] == [None] * (PATIENCE - 1)
+    again = Watch(vocabulary=100)
+    again.load(watch.state())
+    for one in (watch, again):
+        assert f"above 9.21 for {PATIENCE} steps" in one.problem(9.3)
+    assert Watch(100).problem(float("inf")) == "is inf"
+    high = Watch(100)
+    assert all(high.problem(20.0) is None for _ in range(50))  # it began there

@@ -1,0 +1,1 @@
+"""Training traces by the model itself: problems, what judges an answer, `vkvtrain data generate`."""

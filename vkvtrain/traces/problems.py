@@ -1,0 +1,126 @@
+"""Problems to solve, and what judges an answer: the embedded task, reasoning-gym's tasks, problems with known answers.
+
+A judge sees the final answer only, the part of a response after its thoughts. Knows nothing of models.
+"""
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
+from itertools import islice
+from typing import Any
+
+from vkvtrain.config import nearest
+from vkvtrain.evaluation.thinking import final_answer
+from vkvtrain.tiny import task
+from vkvtrain.training.data.rows import Record
+from vkvtrain.training.data.sources import GENERATED, read_records
+from vkvtrain.training.settings import DataSettings
+
+GYM = "reasoning_gym:"
+"""Prefix of a source that reasoning-gym generates."""
+QUESTIONS = ("problem", "question", "prompt")
+"""Columns that may hold a problem."""
+BOXED = r"Please reason step by step, and put your final answer within \boxed{}."
+_BOX = re.compile(r".*\\boxed\s*\{([^{}]*)\}", re.DOTALL)
+_GSM8K = re.compile(r".*####\s*(.+?)\s*$", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A problem and its judge."""
+
+    number: int
+    """In its source, from 0: names the randomness of its attempts."""
+    text: str
+    answer: str
+    is_conversation: bool
+    """Whether the problem is a user's message, or text that the model continues."""
+    accepts: Callable[[str, str], bool]
+    """Whether a response, thoughts included, is right; given the prompt as the model saw it, and the response."""
+
+
+def problems(
+    source: str, rows: int | None, seed: int, config: str | None, split: str, think_end: str | None = None
+) -> tuple[str, Iterator[Problem]]:
+    """(verifier, problems) of a source.
+
+    Args:
+        source: `tiny:keyed_sum`, `reasoning_gym:<task>`, or a file or data set with problems and `answer`.
+        rows: how many; all of a file by default.
+        seed: of what reasoning-gym generates.
+        config, split: of a data set on the Hub.
+        think_end: what ends the model's thoughts; default `</think>`.
+
+    Raises:
+        ValueError: a source that cannot be had, or a row without problem or answer.
+    """
+    if source in GENERATED:
+        if rows is None:
+            raise ValueError(f"--rows is required for {source}: say how many problems to generate")
+        return "tiny:keyed_sum", (_keyed_sum(i, one) for i, one in enumerate(task.problems("train", 0, rows)))
+    if source.startswith(GYM):
+        return GYM.rstrip(":"), _gym(source.removeprefix(GYM), rows, seed, think_end)
+    if find_spec("math_verify") is None:
+        raise ValueError("answers are verified by math-verify: pip install 'vkvtrain[eval]'")
+    settings = DataSettings(source=source, config=config, split=split, held_out=0)
+    records = read_records(settings)[0]
+    return "math_verify", (_math(record, think_end) for record in islice(records, rows))
+
+
+def _keyed_sum(number: int, one: task.Problem) -> Problem:
+    def accepts(prompt: str, response: str) -> bool:
+        return all(task.grade(response, one.answer, one.passcode))
+
+    return Problem(number, one.prompt, f"{one.answer}@{one.passcode}", False, accepts)
+
+
+def _gym(name: str, rows: int | None, seed: int, think_end: str | None) -> Iterator[Problem]:
+    if find_spec("reasoning_gym") is None:
+        raise ValueError(f"{GYM} sources need reasoning-gym: pip install 'vkvtrain[gym]'")
+    import reasoning_gym
+    from reasoning_gym.factory import DATASETS
+
+    if name not in DATASETS:
+        raise ValueError(f"--source: reasoning-gym has no task {name!r}{nearest(name, sorted(DATASETS))}")
+    if rows is None:
+        raise ValueError(f"--rows is required for {GYM}{name}: say how many problems to generate")
+    tasks: Any = reasoning_gym.create_dataset(name, seed=seed, size=rows)
+
+    def one(number: int) -> Problem:
+        entry = tasks[number]
+
+        def accepts(prompt: str, response: str) -> bool:
+            said = final_answer(response, prompt, think_end)
+            boxed = _BOX.match(said)
+            return tasks.score_answer(answer=boxed[1].strip() if boxed else said.strip(), entry=entry) == 1.0
+
+        return Problem(number, entry["question"], str(entry["answer"]), True, accepts)
+
+    return (one(number) for number in range(rows))
+
+
+def _math(record: Record, think_end: str | None) -> Problem:
+    column = next((name for name in QUESTIONS if isinstance(record.values.get(name), str)), None)
+    if column is None:
+        raise ValueError(f"{record.where} has no problem: name its text {', '.join(QUESTIONS[:-1])} or {QUESTIONS[-1]}")
+    answer = record.values.get("answer")
+    if answer is None or answer == "":
+        raise ValueError(f"{record.where} has no 'answer', so a response cannot be verified: add one")
+    marked = _GSM8K.fullmatch(str(answer))
+    gold = marked[1] if marked else str(answer)
+
+    def accepts(prompt: str, response: str) -> bool:
+        return same_answer(final_answer(response, prompt, think_end), gold)
+
+    return Problem(record.number, record.values[column], gold, True, accepts)
+
+
+def same_answer(answer: str, gold: str) -> bool:
+    """Whether a final answer equals `gold` as mathematics, by math-verify; what it cannot read does not."""
+    from math_verify import parse, verify
+
+    try:
+        return bool(verify(parse(f"\\boxed{{{gold}}}"), parse(answer)))
+    except Exception:  # whatever a parser makes of a model's text, it is no right answer
+        return False

@@ -1,0 +1,38 @@
+"""The state of a training run between two steps."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from accelerate import Accelerator
+
+from vkvtrain.training.data import TrainingData
+from vkvtrain.training.settings import Recipe
+from vkvtrain.training.watch import Watch
+
+
+@dataclass
+class Run:
+    """What a step reads and changes."""
+
+    recipe: Recipe
+    accelerator: Accelerator
+    model: Any
+    """The adapted model as `accelerator.prepare` returns it."""
+    optimizer: Any
+    scheduler: Any
+    data: TrainingData
+    tokenizer: Any
+    watch: Watch
+    step: int = 0
+    """Finished optimiser steps, which is also the number of the next one, from 0."""
+
+    @property
+    def adapted(self) -> Any:
+        """The adapted model as peft made it."""
+        return self.accelerator.unwrap_model(self.model)
+
+    @property
+    def pad(self) -> int:
+        """Token that fills a batch up; it is masked."""
+        pad = self.tokenizer.pad_token_id
+        return self.tokenizer.eos_token_id if pad is None else pad

@@ -20,6 +20,7 @@ import vkvtrain
 from vkvtrain import EvictionCache, EvictionConfig
 from vkvtrain.cli import main
 from vkvtrain.publishing.card import escaped
+from vkvtrain.publishing.run import is_path
 from vkvtrain.tiny import MODEL_PATH, task
 
 EVICTION = EvictionConfig(policy="vase_attnv", budget=48, window=16)
@@ -217,7 +218,7 @@ def test_merged_weights_are_a_plain_model(merged, place):
     weights = load_file(merged / "model.safetensors")
     assert {name: tensor.shape for name, tensor in weights.items()} == {n: t.shape for n, t in base.items()}
     config, before = (json.loads((directory / "config.json").read_text()) for directory in (merged, MODEL_PATH))
-    assert config == before
+    assert config | {"transformers_version": ""} == before | {"transformers_version": ""}
     assert not any("attn_implementation" in key for key in config)
     plain = AutoModelForCausalLM.from_pretrained(merged).eval()
     adapted, tokenizer, _ = vkvtrain.load(place / "runs/eviction_lora", device="cpu")
@@ -356,6 +357,31 @@ def test_results_that_are_none_are_refused(tmp_path, capsys, sentence, results):
     path = tmp_path / "results.json"
     path.write_text(results if isinstance(results, str) else json.dumps(results))
     assert sentence in refused(capsys, "runs/eviction_lora", "--to", "x", "--merge", "--results", path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["/data/x", "~/x", "./x", "data/x.jsonl", "x.parquet", "acme/tiny", "models/a/b", "/my home/data"],
+)
+def test_paths_are_told_from_other_settings(text):
+    assert is_path(text)
+
+
+@pytest.mark.parametrize(
+    "text", ["org/name", "tiny:keyed_sum", "/no_think", "in km/h, or m/s", "all-linear", "</think>", "x" * 9999]
+)
+def test_other_settings_are_no_paths(text):
+    assert not is_path(text)
+
+
+def test_a_data_set_on_the_hub_is_named(tmp_path):
+    run = changed_run(tmp_path)
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    recipe["data"]["source"] = "acme/traces"
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    publish(run, "--base-name", "acme/tiny", "--not-evaluated", "--to", tmp_path / "out")
+    assert metadata_load(tmp_path / "out/README.md")["datasets"] == ["acme/traces"]
+    assert "Training data: `acme/traces`." in (tmp_path / "out/README.md").read_text()
 
 
 def changed_run(tmp_path, source="local/eviction_lora", **model):

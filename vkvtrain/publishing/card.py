@@ -12,7 +12,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from vkvtrain.publishing.measured import Evaluation, Row
-from vkvtrain.publishing.run import Run, is_local
+from vkvtrain.publishing.run import Run, is_path
 
 _TEMPLATE = "card.md.jinja"
 
@@ -57,6 +57,7 @@ def model_card(
         base_model_relation=("finetune" if merged else "adapter") if run.base.name else None,
         library_name="transformers" if merged else "peft",
         pipeline_tag="text-generation",
+        datasets=[run.hub_dataset] if run.hub_dataset else None,
         tags=["vkvtrain", "kv-cache-eviction", run.eviction.policy, "lora", "custom_generate"],
         model_name=name.rpartition("/")[2],
         eval_results=results,
@@ -135,4 +136,4 @@ def _without_paths(value: Any) -> Any:
         return {key: _without_paths(inner) for key, inner in value.items()}
     if isinstance(value, list):
         return [_without_paths(inner) for inner in value]
-    return Path(value).name if isinstance(value, str) and is_local(value) else value
+    return Path(value).name if isinstance(value, str) and is_path(value) else value

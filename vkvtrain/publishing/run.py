@@ -1,5 +1,7 @@
 """A finished training run, as publishing sees it: what is there, and what can be said of its base model."""
 
+import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +18,7 @@ from vkvtrain.training.run_directory import FINISHED
 from vkvtrain.training.settings import recipe_values
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_DATA_FILES = (".json", ".jsonl", ".parquet")
 _LICENCE_KEYS = ("license", "license_name", "license_link")
 
 
@@ -42,6 +45,12 @@ class Run:
     recipe: dict[str, Any]
     eviction: EvictionConfig
     base: Base
+
+    @property
+    def hub_dataset(self) -> str | None:
+        """The data set on the Hub that it was trained on, if it was one."""
+        source = str((self.recipe.get("data") or {}).get("source", ""))
+        return source if source.count("/") == 1 and ":" not in source and not is_path(source) else None
 
 
 def read_run(directory: Path, base_name: str | None, licence: str | None, merge: bool) -> Run:
@@ -102,6 +111,17 @@ def _base(recipe: dict[str, Any], base_name: str | None, licence: str | None, me
 def is_local(name: str) -> bool:
     """Whether a model name is a directory of this machine and not a Hub repository."""
     return Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
+
+
+def is_path(text: str) -> bool:
+    """Whether a setting is the path of a file or directory, which a publication must not tell."""
+    if text.startswith(("~", "./", "../")) or Path(text).suffix in _DATA_FILES:
+        return True
+    return (
+        "/" in text
+        and (text.startswith("/") or not re.search(r"\s", text))
+        and (text.count("/") > 1 or os.path.exists(text))
+    )
 
 
 def _licence_of(source: str, revision: str | None) -> dict[str, str]:

@@ -47,6 +47,11 @@ class Run:
     base: Base
 
     @property
+    def quantization(self) -> str:
+        """How the base weights were quantized in training, or `none`."""
+        return self.recipe["model"].get("quantization", "none")
+
+    @property
     def hub_dataset(self) -> str | None:
         """The data set on the Hub that it was trained on, if it was one."""
         source = str((self.recipe.get("data") or {}).get("source", ""))

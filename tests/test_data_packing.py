@@ -15,6 +15,7 @@ from vkvtrain.tiny import MODEL_PATH
 from vkvtrain.training.data import Row, collate, collate_packed, load_data, pack, step_batches
 from vkvtrain.training.loop import Run, train_step
 from vkvtrain.training.models import load_model
+from vkvtrain.training.objectives import ModelWithLoss
 from vkvtrain.training.settings import DataSettings, Recipe
 
 CPU = torch.device("cpu")
@@ -133,8 +134,8 @@ def step(source, tmp_path, dense, objective, **data):
             gradients.extend(weight.grad.clone() for group in self.param_groups for weight in group["params"])
 
     optimizer = Recorder([weight for weight in model.parameters() if weight.requires_grad], lr=1.0)
-    model.train()
-    logged = train_step(Run(recipe, accelerator, model, optimizer, None, rows, tokenizer))
+    wrapped = ModelWithLoss(model, recipe.training).train()
+    logged = train_step(Run(recipe, accelerator, wrapped, optimizer, None, rows, tokenizer))
     return logged, gradients, step_batches(recipe, rows.train, 0, 0, 1, 0, CPU)
 
 

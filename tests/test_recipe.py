@@ -252,7 +252,7 @@ def refused(finetune, capsys, monkeypatch):
         ({"model": "tiny"}, ["model"]),
         ({"training": {"global_batch": 4}}, ["training", "'steps' is required"]),
         ({"training": {"steps": 0}}, ["training", "'steps'", "greater than or equal to 1", "got 0"]),
-        ({"training": {"steps": 20, "objective": "dpo"}}, ["training", "'objective'", "'sft' or 'distill'"]),
+        ({"training": {"steps": 20, "objective": "dpo"}}, ["training", "'objective'", "'distill' or 'on_policy'"]),
         ({"training": {"steps": 20, "dense_fraction": 1.5}}, ["training", "'dense_fraction'", "1.5"]),
         ({"optim": {"learning_rate": "fast"}}, ["optim", "'learning_rate'", "number", "'fast'"]),
         ({"optim": {"warmup_steps": 21}}, ["optim.warmup_steps (21)", "training.steps (20)"]),

@@ -24,6 +24,7 @@ from vkvtrain.training.checkpoints import CHECKPOINTS, MANIFEST, newest_checkpoi
 from vkvtrain.training.interrupts import Interrupted, interruptible
 from vkvtrain.training.logs import MetricsFile, read_metrics
 from vkvtrain.training.loop import train
+from vkvtrain.training.objectives import ModelWithLoss
 from vkvtrain.training.settings import Recipe
 from vkvtrain.training.watch import PATIENCE, Failed, Watch
 
@@ -364,12 +365,18 @@ def test_a_checkpoint_is_an_adapter_that_peft_loads(stopped):
 
 def test_a_failed_run_names_its_samples_and_saves_the_state_before(tmp_path, monkeypatch):
     settings = recipe(tmp_path / "run", log={"tracker": "none"}, checkpoint={"every": 100})
-    inner = loop.objective
+    inner, eviction, steps = ModelWithLoss.forward, loop.step_eviction, []
 
-    def broken(run, batch, trace):
-        return inner(run, batch, trace) * (float("nan") if run.step == 3 else 1)
+    def broken(self, batch, trace=None, cross_entropy_only=False):
+        losses = inner(self, batch, trace, cross_entropy_only)
+        return losses | {"loss": losses["loss"] * (float("nan") if steps[-1] == 3 else 1)}
 
-    monkeypatch.setattr(loop, "objective", broken)
+    def noted(chosen, step):
+        steps.append(step)
+        return eviction(chosen, step)
+
+    monkeypatch.setattr(ModelWithLoss, "forward", broken)
+    monkeypatch.setattr(loop, "step_eviction", noted)
     with pytest.raises(
         Failed, match=r"the loss of step 4 is nan; samples \[\d+, \d+, \d+\].*state before it: checkpoints/step-0+3$"
     ):

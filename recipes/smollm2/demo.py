@@ -25,13 +25,13 @@ from convert import convert
 from peft import PeftModel
 from rich.console import Console
 from rich.table import Table
+from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from vkvtrain import EvictionCache, EvictionConfig, simulated_eviction
 from vkvtrain.ablation.statistics import interval, paired_interval
 from vkvtrain.training.data import Row, collate, load_data
-from vkvtrain.training.objectives import response_logits, sft_loss
 from vkvtrain.training.run_directory import FINISHED
 from vkvtrain.training.settings import DataSettings
 
@@ -95,7 +95,8 @@ def losses(model: Any, rows: list[Row], config: EvictionConfig) -> list[float]:
     for row in tqdm(rows, desc=f"loss, {config.policy}", leave=False):
         batch = collate([row], [0], 0, torch.device("cpu"))
         with simulated_eviction(model, config, batch.prompt_lengths, batch.streams):
-            found.append(sft_loss(response_logits(model, batch), batch).item() / row.response_length)
+            logits = model(input_ids=batch.input_ids, use_cache=False).logits[0, batch.predicting]
+        found.append(cross_entropy(logits, batch.targets).item())
     return found
 
 

@@ -171,7 +171,8 @@ class _Batch:
 
     def choose(self, logits: Tensor) -> None:
         """Append the next token of each row and its log-probability; logits [N, 1, V]."""
-        scores = logits[:, -1].to(self.last.device, torch.float32)
+        dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        scores = logits[:, -1].to(self.last.device, dtype)
         if self.sampler.penalised and self.seen is None:
             self.seen = torch.zeros_like(scores, dtype=torch.bool)
             for row, held in zip(self.rows, self.seen, strict=True):
@@ -181,7 +182,7 @@ class _Batch:
         if self.seen is not None:
             self.seen.scatter_(1, self.last[:, None], True)
         self.length = self.length + 1
-        # one transfer a step; float64 holds tokens and float32 exactly
+        # one transfer a step; float64 holds all of them exactly
         tokens, log_probs = torch.stack([self.last.double(), chosen.double()]).tolist()
         for row, token, log_prob in zip(self.rows, tokens, log_probs, strict=True):
             row.tokens.append(int(token))

@@ -65,7 +65,7 @@ class Completion:
     finished: bool
     """Whether it ended by itself, with an end token or a stop string, and not by the limit."""
     log_probs: list[float]
-    """Log-probability of each token under the model at temperature 1, float32."""
+    """Log-probability of each token under the model at temperature 1, in float32 (float64 for a float64 model)."""
     evictions: int
     """Eviction events of the sequence; its last token is never given to the cache."""
     peak_entries: int

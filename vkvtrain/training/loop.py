@@ -7,7 +7,6 @@ objective, log and run directory each have their module.
 
 import signal
 import time
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -15,16 +14,17 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
 from transformers import get_scheduler
 
-from vkvtrain.attention import Trace
+from vkvtrain.config import EvictionConfig
 from vkvtrain.training.checkpoints import Checkpoint
-from vkvtrain.training.data import Batch, TrainingData, load_data, step_batches
+from vkvtrain.training.data import Batch, TrainingData, in_batches, load_data, step_batches, step_rows
 from vkvtrain.training.engines import accumulating, gather_weights, make_accelerator, restore_weights
 from vkvtrain.training.held_out import held_out_losses
 from vkvtrain.training.interrupts import Interrupt, Interrupted, interruptible
 from vkvtrain.training.launch import asked_processes, check_world_size
 from vkvtrain.training.logs import Log, trackers
 from vkvtrain.training.models import check_model, load_model, load_tokenizer
-from vkvtrain.training.objectives import forward_kl, response_logits, sft_loss, teacher_logits
+from vkvtrain.training.objectives import ModelWithLoss
+from vkvtrain.training.on_policy import Rollout, check_on_policy, log_ratios, roll_out
 from vkvtrain.training.passes import simulation, what_happened
 from vkvtrain.training.plan import plan
 from vkvtrain.training.resume import checkpoint_to_continue, restore_run, save_run
@@ -33,6 +33,9 @@ from vkvtrain.training.run_directory import check_output, finish_run, start_run
 from vkvtrain.training.schedule import step_eviction
 from vkvtrain.training.settings import Recipe
 from vkvtrain.training.watch import Failed, Watch
+
+PARTS = ("loss", "cross_entropy", "divergence", "entropy")
+"""What a batch's forward pass sums over its response tokens."""
 
 
 def train(recipe: Recipe, dry_run: bool = False, overwrite: bool = False) -> None:
@@ -52,6 +55,7 @@ def train(recipe: Recipe, dry_run: bool = False, overwrite: bool = False) -> Non
     accelerator = make_accelerator(recipe, trackers(recipe.log))
     check_world_size(recipe, accelerator.num_processes)
     check_model(recipe)
+    check_on_policy(recipe, accelerator)
     set_seed(recipe.seed)
     tokenizer = load_tokenizer(recipe)
     data = load_data(recipe.data, tokenizer, progress=accelerator.is_main_process)
@@ -112,7 +116,7 @@ def prepare(
         schedule, optimizer, num_warmup_steps=optim.warmup_steps, num_training_steps=recipe.training.steps
     )
     vocabulary = model.config.get_text_config().vocab_size
-    model, optimizer = accelerator.prepare(model, optimizer)
+    model, optimizer = accelerator.prepare(ModelWithLoss(model, recipe.training), optimizer)
     model.train()  # as loaded it evaluates: neither dropout nor checkpointing
     run = Run(recipe, accelerator, model, optimizer, scheduler, data, tokenizer, Watch(vocabulary))
     if checkpoint is not None:
@@ -141,29 +145,41 @@ def over_processes(accelerator: Accelerator, values: torch.Tensor) -> torch.Tens
     return total
 
 
+def batches_of_step(run: Run, config: EvictionConfig | None) -> tuple[list[Batch], list[Rollout]]:
+    """This process's batches of the next step, and the rollouts that they hold where the objective is `on_policy`."""
+    recipe, accelerator = run.recipe, run.accelerator
+    share = (recipe, run.data.train, run.step, accelerator.process_index, accelerator.num_processes)
+    if recipe.training.objective != "on_policy":
+        return step_batches(*share, run.pad, accelerator.device), []
+    rollouts = roll_out(run.adapted, run.tokenizer, config, step_rows(*share), recipe)
+    rollouts.sort(key=lambda rollout: -rollout.row.length)
+    rows = [(rollout.row, rollout.epoch) for rollout in rollouts]
+    return in_batches(rows, recipe.training.batch_per_device, run.pad, accelerator.device), rollouts
+
+
 def train_step(run: Run) -> dict[str, Any]:
     """The gradient of the global batch and one update of the adapter; returns what is logged of it."""
     recipe, accelerator, model = run.recipe, run.accelerator, run.model
     config = step_eviction(recipe, run.step)
-    batches = step_batches(
-        recipe, run.data.train, run.step, accelerator.process_index, accelerator.num_processes, run.pad,
-        accelerator.device,
-    )  # fmt: skip
+    batches, rollouts = batches_of_step(run, config)
     samples = [stream[0] for batch in batches for stream in batch.streams]
     counts = [sum(len(batch.targets) for batch in batches), sum(int(batch.attention_mask.sum()) for batch in batches)]
     targets, tokens = over_processes(accelerator, torch.tensor(counts, device=accelerator.device)).tolist()
-    loss, seen = torch.zeros((), device=accelerator.device), torch.zeros(2, device=accelerator.device)
+    parts, seen = torch.zeros(len(PARTS), device=accelerator.device), torch.zeros(2, device=accelerator.device)
+    log_probs = []
     for number, batch in enumerate(batches):
         last = number + 1 == len(batches)
         with accumulating(accelerator, model, last), simulation(model, config, batch) as trace:
-            summed = objective(run, batch, trace)
+            losses = model(batch, trace)
             # gradients are averaged over processes: divide by the mean token count, not by this process's own
-            accelerator.backward(summed * accelerator.num_processes / targets)
-            loss += summed.detach().float() / targets
+            accelerator.backward(losses["loss"] * accelerator.num_processes / targets)
+        parts += torch.stack([losses[name].detach().float() for name in PARTS]) / targets
+        log_probs.append(losses["log_probs"].detach())
         if trace is not None:
             share = len(batch.streams) / len(samples)
             seen += torch.tensor(what_happened(trace, batch), device=accelerator.device) * share
-    total = over_processes(accelerator, loss).item()
+    means = dict(zip(PARTS, over_processes(accelerator, parts).tolist(), strict=True))
+    total = means["loss"]
     problem = run.watch.problem(total)
     if problem is not None:
         raise Failed(
@@ -179,20 +195,18 @@ def train_step(run: Run) -> dict[str, Any]:
         "tokens": tokens,
         "kind": "dense" if config is None else "evicted",
     }
+    if recipe.training.has_teacher:
+        logged |= means
+    if rollouts:
+        logged |= log_ratios(accelerator, rollouts, torch.cat(log_probs))
     if config is not None:
         # every process has as many samples as any other
         mean = over_processes(accelerator, seen) / accelerator.num_processes
         evictions, live = mean[0].item(), mean[1].item()
-        logged |= {"budget": config.budget, "evictions": round(evictions, 3), "live_fraction": round(live, 4)}
+        logged |= {
+            "policy": config.policy,
+            "budget": config.budget,
+            "evictions": round(evictions, 3),
+            "live_fraction": round(live, 4),
+        }
     return logged
-
-
-def objective(run: Run, batch: Batch, trace: Trace | None) -> torch.Tensor:
-    """The loss of a batch, summed over its response tokens."""
-    settings = run.recipe.training
-    if settings.objective == "sft":
-        return sft_loss(response_logits(run.model, batch), batch)
-    with trace.suspended() if trace is not None else nullcontext():
-        teacher = teacher_logits(run.accelerator.unwrap_model(run.model), batch)
-    student = response_logits(run.model, batch)
-    return forward_kl(student, teacher) + settings.ce_weight * sft_loss(student, batch)

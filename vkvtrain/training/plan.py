@@ -5,12 +5,28 @@ from typing import Any
 
 from vkvtrain.events import evictions_by
 from vkvtrain.training.data import Row, TrainingData
-from vkvtrain.training.settings import Recipe
+from vkvtrain.training.settings import Recipe, TrainingSettings
 
 
 def expected_evictions(rows: list[Row], budget: int, window: int) -> float:
     """Mean number of events of a row when its response is decoded (its last token is never given to a cache)."""
     return mean(evictions_by(row.prompt_length, row.length - 1, budget, window) for row in rows)
+
+
+def objective(training: TrainingSettings) -> str:
+    """The objective in words."""
+    if not training.has_teacher:
+        return training.objective
+    parts = [training.divergence if training.divergence != "jsd" else f"jsd {training.jsd_weight:g}"]
+    if training.temperature != 1:
+        parts.append(f"temperature {training.temperature:g}")
+    if training.top_k is not None:
+        parts.append(f"top {training.top_k}")
+    if training.cross_entropy_weight:
+        parts.append(f"{training.cross_entropy_weight:g} x cross-entropy")
+    if training.entropy_weight:
+        parts.append(f"weight 1 + {training.entropy_weight:g} x entropy")
+    return f"{training.objective} ({', '.join(parts)})"
 
 
 def plan(recipe: Recipe, data: TrainingData, tokenizer: Any, model: Any, processes: int, asked: int) -> str:
@@ -29,7 +45,7 @@ def plan(recipe: Recipe, data: TrainingData, tokenizer: Any, model: Any, process
         f"data             {len(data.train)} rows of {tokens:.0f} tokens on average, {data.left_out} left out as too "
         f"long, {wanting}{training.steps * training.global_batch / len(data.train):.2f} epochs",
         f"trainable        {trainable:,} of {total:,} parameters ({trainable / total:.2%})",
-        f"objective        {training.objective}, {training.steps} steps, {training.dense_fraction:.0%} of them dense",
+        f"objective        {objective(training)}, {training.steps} steps, {training.dense_fraction:.0%} of them dense",
     ]
     configs = recipe.eviction_configs() if training.dense_fraction < 1 else []
     for config in configs:

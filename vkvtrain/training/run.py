@@ -17,7 +17,7 @@ class Run:
     recipe: Recipe
     accelerator: Accelerator
     model: Any
-    """The adapted model as `accelerator.prepare` returns it."""
+    """The adapted model with its loss, as `accelerator.prepare` returns it."""
     optimizer: Any
     scheduler: Any
     data: TrainingData
@@ -29,7 +29,8 @@ class Run:
     @property
     def adapted(self) -> Any:
         """The adapted model as peft made it."""
-        return self.accelerator.unwrap_model(self.model)
+        unwrapped: Any = self.accelerator.unwrap_model(self.model)
+        return unwrapped.model
 
     @property
     def pad(self) -> int:

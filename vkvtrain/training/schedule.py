@@ -1,4 +1,4 @@
-"""What each step does: dense or evicted, at which budget. Pure functions of the recipe and the step."""
+"""What each step does: dense or evicted, by which policy, at which budget. Functions of the recipe and the step."""
 
 import random
 
@@ -12,8 +12,10 @@ def is_dense(step: int, fraction: float) -> bool:
 
 
 def step_eviction(recipe: Recipe, step: int) -> EvictionConfig | None:
-    """The eviction setting of a step, None for a dense one; budgets are drawn evenly from the recipe's list."""
-    configs = recipe.eviction_configs()
-    if not configs or is_dense(step, recipe.training.dense_fraction):
+    """The eviction setting of a step, None for a dense one."""
+    if not recipe.eviction_configs() or is_dense(step, recipe.training.dense_fraction):
         return None
-    return random.Random(f"{recipe.seed}/budget/{step}").choice(configs)
+    progress = step / max(1, recipe.training.steps - 1)
+    budget = recipe.budgets().at(progress, random.Random(f"{recipe.seed}/budget/{step}"))
+    policy = random.Random(f"{recipe.seed}/policy/{step}").choice(recipe.policies())
+    return EvictionConfig(**{**(recipe.eviction or {}), "policy": policy, "budget": budget})

@@ -12,6 +12,7 @@ import yaml
 from pydantic import Field, model_validator
 
 from vkvtrain.config import EvictionConfig, Settings
+from vkvtrain.training.budgets import BudgetSchedule, budget_schedule
 
 REWRITES_BASE = ("pissa", "olora")
 """How the names of initialisations begin that move part of the base weights into the adapter."""
@@ -105,10 +106,25 @@ class LoraSettings(Settings):
 
 
 class TrainingSettings(Settings):
-    objective: Literal["sft", "distill"] = "sft"
-    """`sft`: cross-entropy. `distill`: KL(teacher || student), the teacher being the base model with the full cache."""
-    ce_weight: float = Field(default=1.0, ge=0)
-    """Weight of the cross-entropy that `distill` adds to the divergence."""
+    objective: Literal["sft", "distill", "on_policy"] = "sft"
+    """`sft`: cross-entropy. `distill`: a divergence to the teacher, which is the base model with the full cache, and
+    cross-entropy. `on_policy`: the divergence on what the model itself generates with the evicting cache."""
+    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
+    """With p the teacher and q the student: KL(p || q), KL(q || p), or the generalised Jensen-Shannon divergence."""
+    jsd_weight: float = Field(default=0.5, gt=0, lt=1)
+    """Weight w of `jsd`: w KL(p || m) + (1 - w) KL(q || m) with m = w p + (1 - w) q."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Divides both logits in the divergence, which is multiplied by its square to keep the gradient's size."""
+    top_k: int | None = Field(default=None, ge=1)
+    """Outcomes of the teacher that the divergence tells apart; all others count as one. null: all."""
+    ce_weight: float | None = Field(default=None, ge=0)
+    """Weight of the cross-entropy beside the divergence: by default 1 in `distill`, and none `on_policy`."""
+    entropy_weight: float = Field(default=0.0, ge=0)
+    """Tokens weigh 1 + this times the teacher's entropy in nats: more where the teacher sees several ways to go on."""
+    rollout_tokens: int | None = Field(default=None, ge=1)
+    """Most tokens that a response generated `on_policy` has; required there."""
+    rollout_temperature: float = Field(default=1.0, ge=0)
+    """Temperature of the tokens that are generated `on_policy`; 0 is greedy."""
     dense_fraction: float = Field(default=0.0, ge=0, le=1)
     """Share of the steps without eviction; 1 trains the dense control."""
     steps: int = Field(ge=1)
@@ -117,6 +133,28 @@ class TrainingSettings(Settings):
     """Sequences of one optimiser step over all devices and accumulation: it does not change with the process count."""
     batch_per_device: int = Field(default=16, ge=1)
     """Most sequences of one forward pass on one device; the rest of the global batch is accumulated."""
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether the loss needs the base model's logits."""
+        return self.objective != "sft"
+
+    @property
+    def cross_entropy_weight(self) -> float:
+        """`ce_weight`, or what it is by default."""
+        return (1.0 if self.objective == "distill" else 0.0) if self.ce_weight is None else self.ce_weight
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.objective == "sft" and self.entropy_weight:
+            raise ValueError("entropy_weight weighs by the teacher's entropy, and sft has no teacher: use distill")
+        if self.objective == "on_policy" and self.rollout_tokens is None:
+            raise ValueError("rollout_tokens is required on_policy: say how long a generated response may be")
+        if self.objective == "on_policy" and self.ce_weight:
+            raise ValueError(
+                "ce_weight: on_policy has no cross-entropy, its tokens are the model's own: leave ce_weight out"
+            )
+        return self
 
 
 class OptimSettings(Settings):
@@ -168,7 +206,9 @@ class Recipe(Settings):
     data: DataSettings
     lora: LoraSettings = Field(default_factory=LoraSettings)
     eviction: dict[str, Any] | None = None
-    """Fields of `EvictionConfig`; `budget` may be a list, from which every step draws one. null: no eviction."""
+    """Fields of `EvictionConfig`. `policy` may be a list, from which every step draws one; `budget` a list,
+    `{low: ..., high: ...}` (any multiple of the window between) or `{from: ..., to: ...}` (moves over the steps).
+    null: no eviction."""
     training: TrainingSettings
     optim: OptimSettings = Field(default_factory=OptimSettings)
     checkpoint: CheckpointSettings = Field(default_factory=CheckpointSettings)
@@ -184,11 +224,18 @@ class Recipe(Settings):
             self.eviction_configs()
         except ValueError as error:
             raise ValueError(f"eviction: {error}") from None
-        if self.training.objective == "distill" and self.lora.rewrites_base:
+        if self.training.has_teacher and self.lora.rewrites_base:
             raise ValueError(
                 f"lora.init {self.lora.init!r} rewrites the base weights, so the model without its adapter is no "
                 "teacher: use 'default' or 'gaussian', or objective 'sft'"
             )
+        if self.training.objective == "on_policy" and self.lora.dropout:
+            raise ValueError(
+                f"lora.dropout ({self.lora.dropout}) would make training see another model than the one that generated "
+                "its tokens: set it to 0 for objective 'on_policy'"
+            )
+        if self.training.objective == "on_policy" and self.data.packing:
+            raise ValueError("data.packing packs rows whose length is known: set it to false for objective 'on_policy'")
         if self.log.generate_every is not None and not self.data.held_out:
             raise ValueError("log.generate_every needs held-out rows: raise data.held_out, or leave it out")
         if self.optim.warmup_steps > self.training.steps:
@@ -198,19 +245,36 @@ class Recipe(Settings):
             )
         return self
 
+    def policies(self) -> list[Any]:
+        """The policies that steps draw from."""
+        policy = (self.eviction or {}).get("policy", EvictionConfig.model_fields["policy"].default)
+        if policy == []:
+            raise ValueError("policy is an empty list: give at least one name")
+        return policy if isinstance(policy, list) else [policy]
+
+    def budgets(self) -> BudgetSchedule:
+        """The budgets that steps have."""
+        window = (self.eviction or {}).get("window", EvictionConfig.model_fields["window"].default)
+        return budget_schedule((self.eviction or {}).get("budget"), window)
+
     def eviction_configs(self) -> list[EvictionConfig]:
-        """One setting for each budget in the order of the recipe; empty without eviction."""
+        """The settings that the run is judged at, in the order of the recipe; empty without eviction.
+
+        Each policy at each listed budget, at both ends of a range, or at the last and the first of an annealed one.
+        """
         if self.eviction is None:
             return []
-        budget = self.eviction.get("budget")
-        if budget == []:
-            raise ValueError("budget is an empty list: give at least one number")
-        budgets = budget if isinstance(budget, list) else [budget]
-        configs = [EvictionConfig(**{**self.eviction, "budget": one}) for one in budgets]
+        configs = [
+            EvictionConfig(**{**self.eviction, "policy": policy, "budget": budget})
+            for policy in self.policies()
+            for budget in self.budgets().ends()
+        ]
+        if len({config.evicts for config in configs}) > 1:
+            raise ValueError("policy 'full' evicts nothing: take it out of the list and set training.dense_fraction")
         return configs if configs[0].evicts else []
 
     def trained_for(self) -> EvictionConfig:
-        """What the adapter was trained for, at the first budget; `full` where no step evicts."""
+        """What the adapter was foremost trained for; `full` where no step evicts."""
         configs = self.eviction_configs()
         return configs[0] if configs and self.training.dense_fraction < 1 else EvictionConfig(policy="full")
 

@@ -7,7 +7,15 @@ longer than `data.max_length` are left out and counted. Knows nothing of models.
     sources -> formats -> templates -> loading -> order -> batching
 """
 
-from vkvtrain.training.data.batching import Batch, collate, collate_packed, packing_length, step_batches
+from vkvtrain.training.data.batching import (
+    Batch,
+    collate,
+    collate_packed,
+    in_batches,
+    packing_length,
+    step_batches,
+    step_rows,
+)
 from vkvtrain.training.data.loading import load_data
 from vkvtrain.training.data.order import pack, sample, step_samples
 from vkvtrain.training.data.rows import Example, Record, Row, TrainingData
@@ -20,10 +28,12 @@ __all__ = [
     "TrainingData",
     "collate",
     "collate_packed",
+    "in_batches",
     "load_data",
     "pack",
     "packing_length",
     "sample",
     "step_batches",
+    "step_rows",
     "step_samples",
 ]

@@ -106,20 +106,28 @@ def step_batches(
         pad: token of the padding.
         device: where the tensors go.
     """
-    data, size = recipe.data, recipe.training.batch_per_device
+    size = recipe.training.batch_per_device
+    if not recipe.data.packing:
+        return in_batches(step_rows(recipe, rows, step, rank, processes), size, pad, device)
+    chosen = step_rows(recipe, rows, step, 0, 1)
+    documents, epochs = [row for row, _ in chosen], [epoch for _, epoch in chosen]
+    bins = pack([row.length for row in documents], packing_length(recipe, rows), processes)[rank::processes]
+    parts = [bins[start : start + size] for start in range(0, len(bins), size)]
+    return [collate_packed(documents, epochs, part, pad, device) for part in parts]
+
+
+def step_rows(recipe: Recipe, rows: Sequence[Row], step: int, rank: int, processes: int) -> list[tuple[Row, int]]:
+    """(row, epoch) of a process's share of a step, longest first: every n-th row of the global batch."""
     lengths = [row.length for row in rows]
-    chosen = step_samples(lengths, step, recipe.training.global_batch, recipe.seed, data.group_by_length)
-    documents, epochs = [rows[index] for index, _ in chosen], [epoch for _, epoch in chosen]
-    if data.packing:
-        capacity = packing_length(recipe, rows)
-        bins = pack([row.length for row in documents], capacity, processes)[rank::processes]
-        parts = [bins[start : start + size] for start in range(0, len(bins), size)]
-        return [collate_packed(documents, epochs, part, pad, device) for part in parts]
-    documents, epochs = documents[rank::processes], epochs[rank::processes]
-    return [
-        collate(documents[start : start + size], epochs[start : start + size], pad, device)
-        for start in range(0, len(documents), size)
-    ]
+    training, data = recipe.training, recipe.data
+    chosen = step_samples(lengths, step, training.global_batch, recipe.seed, data.group_by_length)
+    return [(rows[index], epoch) for index, epoch in chosen[rank::processes]]
+
+
+def in_batches(rows: Sequence[tuple[Row, int]], size: int, pad: int, device: torch.device) -> list[Batch]:
+    """Batches of at most `size` rows, given with their epochs, in order."""
+    parts = [rows[start : start + size] for start in range(0, len(rows), size)]
+    return [collate([row for row, _ in part], [epoch for _, epoch in part], pad, device) for part in parts]
 
 
 def packing_length(recipe: Recipe, rows: Sequence[Row]) -> int:

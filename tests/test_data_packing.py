@@ -13,10 +13,12 @@ from transformers import AutoTokenizer
 
 from vkvtrain.tiny import MODEL_PATH
 from vkvtrain.training.data import Row, collate, collate_packed, load_data, pack, step_batches
-from vkvtrain.training.loop import Run, train_step
+from vkvtrain.training.loop import train_step
 from vkvtrain.training.models import load_model
 from vkvtrain.training.objectives import ModelWithLoss
+from vkvtrain.training.run import Run
 from vkvtrain.training.settings import DataSettings, Recipe
+from vkvtrain.training.watch import Watch
 
 CPU = torch.device("cpu")
 
@@ -135,7 +137,7 @@ def step(source, tmp_path, dense, objective, **data):
 
     optimizer = Recorder([weight for weight in model.parameters() if weight.requires_grad], lr=1.0)
     wrapped = ModelWithLoss(model, recipe.training).train()
-    logged = train_step(Run(recipe, accelerator, wrapped, optimizer, None, rows, tokenizer))
+    logged = train_step(Run(recipe, accelerator, wrapped, optimizer, None, rows, tokenizer, Watch(40)))
     return logged, gradients, step_batches(recipe, rows.train, 0, 0, 1, 0, CPU)
 
 

@@ -120,6 +120,8 @@ def _full_bytes(evaluation: Evaluation | None) -> dict[tuple[str, str | None], f
 
 def _budgets(run: Run) -> list[Any]:
     budget = (run.recipe.get("eviction") or {}).get("budget")
+    if isinstance(budget, dict):  # {low, high} or {from, to}
+        return [f"{key} {value}" for key, value in budget.items()]
     return budget if isinstance(budget, list) else [budget]
 
 

@@ -5,7 +5,7 @@ padding has 0. The events are walked in order, in parallel over rows and heads, 
 decoding uses. Knows nothing of attention outputs: a layer's choice depends only on its own q, k, v.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -13,9 +13,10 @@ from torch import Tensor
 
 from vkvtrain.config import EvictionConfig
 from vkvtrain.events import Block, Chunks, Event, blocks, normalise_chunks
+from vkvtrain.gather import Entries
 from vkvtrain.logits import LogitForm, attention_mass, score_dtype
 from vkvtrain.noise import NoiseSource, Stream, stream_key
-from vkvtrain.policies import Candidates
+from vkvtrain.policies import Candidates, value_range
 from vkvtrain.selection import Selector
 
 
@@ -114,107 +115,127 @@ def lifetimes(
         layer: index of the layer, for the noise.
         form: scaling, soft cap and sinks of the attention.
     """
-    walk = _Walk(query, key, value, plan, selector, layer, form)
-    stops = [[block for block in row.blocks if selector.needs_mass or block.event is not None] for row in plan.rows]
-    for number in range(max(map(len, stops), default=0)):
-        groups: dict[tuple[int, bool], list[int]] = {}
-        for index, row in enumerate(stops):
-            if number < len(row):
-                groups.setdefault((row[number].live, row[number].event is not None), []).append(index)
-        for indices in groups.values():
-            walk.stop(indices, [stops[index][number] for index in indices])
+    walk = Walk(query, key, value, plan, selector, layer, form)
+    for stop in walk.stops():
+        walk.reach(stop)
     return walk.evict_at
 
 
-class _Walk:
+@dataclass(frozen=True)
+class Stop:
+    """Where a walk stops: rows that hold equally many entries at the end of a block, all due for an event or none."""
+
+    rows: list[int]
+    blocks: list[Block]
+    starts: list[int]
+    """Of each row its first token since its last event."""
+    positions: Tensor
+    """Positions held, chronological, int64 [N, Hkv, live]: what the last event kept, and all tokens since."""
+    has_evicted: bool
+    """Whether these rows had an event before."""
+
+
+class Walk:
     """One layer's events, in order, over rows that may be at different events."""
 
     def __init__(
         self, query: Tensor, key: Tensor, value: Tensor, plan: Plan, selector: Selector, layer: int, form: LogitForm
     ) -> None:
-        self.query, self.key, self.value = query, key, value
         self.plan, self.selector, self.layer, self.form = plan, selector, layer, form
         self.dtype = score_dtype(key.dtype)
         rows, heads, width, _ = key.shape
-        self.kv_head = torch.arange(heads, device=key.device)[None, :, None]
-        self.q_head = torch.arange(query.shape[1], device=key.device)[None, :, None]
+        self.query, self.key, self.value = Entries(query), Entries(key), Entries(value)
+        self.ranges = value_range(value, self.dtype) if selector.needs_values else None
         self.evict_at = never_evicted(plan, heads)
         self.held = self.evict_at.new_zeros(rows, heads, plan.budget)
         """Positions that each row holds after its last event."""
-        self.evicted = [False] * rows
+        self.starts: list[int | None] = [None] * rows
+        """Of each row its first token since its last event, if it had one."""
         self.mass = key.new_zeros(rows, heads, width if selector.needs_mass else 0, dtype=self.dtype)
         """Accumulated attention of each entry held, by slot."""
 
-    def stop(self, indices: list[int], reached: list[Block]) -> None:
-        """Rows that hold equally many entries at the end of a block: accumulate attention, and evict if it is due."""
+    def stops(self) -> Iterator[Stop]:
+        """Where the rows evict (and, for a policy that accumulates attention, where their blocks end), in order.
+
+        Every stop must be reached before the next one is asked for.
+        """
+        every_block = self.selector.needs_mass
+        stops = [[block for block in row.blocks if every_block or block.event is not None] for row in self.plan.rows]
+        for number in range(max(map(len, stops), default=0)):
+            groups: dict[tuple[int, bool, bool], list[int]] = {}
+            for row, its in enumerate(stops):
+                if number < len(its):
+                    due, has_evicted = its[number].event is not None, self.starts[row] is not None
+                    groups.setdefault((its[number].live, due, has_evicted), []).append(row)
+            for (live, _, has_evicted), rows in groups.items():
+                reached = [stops[row][number] for row in rows]
+                starts = [self.starts[row] or 0 for row in rows]
+                yield Stop(rows, reached, starts, self._positions(rows, reached, live, has_evicted), has_evicted)
+
+    def _positions(self, rows: list[int], reached: list[Block], live: int, has_evicted: bool) -> Tensor:
+        heads, device = self.evict_at.shape[1], self.evict_at.device
+        if not has_evicted:
+            return torch.arange(live, device=device).expand(len(rows), heads, -1)
+        end = self.plan.index([block.end for block in reached])[:, None, None]
+        fresh = torch.arange(self.plan.budget - live, 0, device=device) + end
+        return torch.cat([self.held[self.plan.index(rows)], fresh.expand(-1, heads, -1)], dim=-1)
+
+    def reach(self, stop: Stop, attention: Tensor | None = None) -> None:
+        """Accumulate attention, and evict if it is due.
+
+        Args:
+            stop: the next one of `stops`.
+            attention: of the window to each candidate, [N, Hkv, C], where it is known already; see `Candidates`.
+        """
         plan, selector, window = self.plan, self.selector, self.plan.window
-        live = reached[0].live
-        rows = plan.index(indices)
-        end = plan.index([block.end for block in reached])
-        positions = self._positions(indices, rows, end, live)
-        row = rows[:, None, None]
+        rows, live = plan.index(stop.rows), stop.positions.shape[-1]
+        end = plan.index([block.end for block in stop.blocks])
         queries = None
-        if selector.needs_queries or selector.needs_mass:
-            newest = torch.arange(-window, 0, device=self.key.device)
-            queries = self.query[row, self.q_head, (end[:, None] + newest)[:, None]].to(self.dtype)
+        if attention is None and (selector.needs_queries or selector.needs_mass):
+            newest = torch.arange(-window, 0, device=rows.device) + end[:, None, None]
+            queries = self.query.gather(rows, newest.expand(-1, self.query.heads, -1)).to(self.dtype)
         if selector.needs_mass:
             assert queries is not None
-            keys = self.key[row, self.kv_head, positions].to(self.dtype)
+            keys = self.key.gather(rows, stop.positions).to(self.dtype)
             self.mass[rows, :, :live] += attention_mass(queries, keys, self.form)
-        events = [block.event for block in reached if block.event is not None]
+        events = [block.event.index for block in stop.blocks if block.event is not None]
         if events:
-            self._evict(indices, rows, end, positions, queries, [event.index for event in events])
-
-    def _positions(self, indices: list[int], rows: Tensor, end: Tensor, live: int) -> Tensor:
-        """Positions held, chronological, [N, Hkv, live]: what the last event kept, and all tokens since."""
-        heads = self.key.shape[1]
-        parts = []
-        for is_later in (False, True):
-            members = [place for place, index in enumerate(indices) if self.evicted[index] == is_later]
-            if not members:
-                continue
-            if not is_later:
-                found = torch.arange(live, device=self.key.device).expand(len(members), heads, -1)
-            else:
-                place = self.plan.index(members)
-                fresh = torch.arange(self.plan.budget - live, 0, device=self.key.device) + end[place][:, None]
-                found = torch.cat([self.held[rows[place]], fresh[:, None].expand(-1, heads, -1)], dim=-1)
-            parts.append((members, found))
-        if len(parts) == 1:
-            return parts[0][1]
-        order = self.plan.index([place for members, _ in parts for place in members])
-        return torch.cat([found for _, found in parts])[order.argsort()]
+            self._evict(stop, rows, end, queries, attention, events)
 
     def _evict(
-        self, indices: list[int], rows: Tensor, end: Tensor, positions: Tensor, queries: Tensor | None,
+        self, stop: Stop, rows: Tensor, end: Tensor, queries: Tensor | None, attention: Tensor | None,
         events: list[int],
     ) -> None:  # fmt: skip
-        plan, selector, count = self.plan, self.selector, positions.shape[-1] - self.plan.window
-        row, considered = rows[:, None, None], positions[:, :, :count]
-        philox = [plan.index([plan.rows[i].key[word] for i in indices]) for word in (0, 1)]
+        plan, selector, positions = self.plan, self.selector, stop.positions
+        count = positions.shape[-1] - plan.window
+        considered = positions[:, :, :count]
+        philox = [plan.index([plan.rows[row].key[word] for row in stop.rows]) for word in (0, 1)]
 
-        def entries(source: Tensor, wanted: Tensor) -> Tensor:
-            return source[row, self.kv_head, wanted].to(self.dtype)
+        def entries(source: Entries, wanted: Tensor) -> Tensor:
+            return source.gather(rows, wanted).to(self.dtype)
 
         candidates = Candidates(
             positions=considered,
             queries=queries if selector.needs_queries else None,
-            keys=entries(self.key, considered) if selector.needs_keys else None,
-            values=entries(self.value, considered) if selector.needs_values else None,
+            keys=entries(self.key, considered) if selector.needs_keys and attention is None else None,
+            values=entries(self.value, considered) if selector.policy.needs_values else None,
             scaling=self.form.scaling,
             noise=NoiseSource((philox[0], philox[1]), plan.index(events), self.layer),
             window_keys=entries(self.key, positions[:, :, count:]) if selector.needs_window_keys else None,
             mass=self.mass[rows, :, :count] if selector.needs_mass else None,
             softcap=self.form.softcap,
+            attention=attention,
+            ranges=None if self.ranges is None else self.ranges[rows].gather(-1, considered),
         )
-        slots = selector(candidates, [plan.rows[i].prompt for i in indices])
+        slots = selector(candidates, [plan.rows[row].prompt for row in stop.rows])
         kept = considered.gather(-1, slots)
-        self.evict_at[row, self.kv_head, considered] = end[:, None, None].expand_as(considered)
-        self.evict_at[row, self.kv_head, kept] = plan.width + 1
+        dropped_at = self.evict_at[rows]
+        dropped_at.scatter_(-1, considered, end[:, None, None].expand_as(considered))
+        self.evict_at[rows] = dropped_at.scatter_(-1, kept, plan.width + 1)
         self.held[rows] = torch.cat([kept, positions[:, :, count:]], dim=-1)
         if selector.needs_mass:
             mass = self.mass[rows, :, : positions.shape[-1]]
             self.mass[rows] = 0
             self.mass[rows, :, : plan.budget] = torch.cat([mass.gather(-1, slots), mass[:, :, count:]], dim=-1)
-        for index in indices:
-            self.evicted[index] = True
+        for row, block in zip(stop.rows, stop.blocks, strict=True):
+            self.starts[row] = block.end

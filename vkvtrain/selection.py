@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vkvtrain.config import EvictionConfig
-from vkvtrain.policies import Candidates, value_range
+from vkvtrain.policies import Candidates
 
 _PROTECTED = 0x7FFFFFFF
 """Rank above that of any float32."""
@@ -57,6 +57,7 @@ class Selector:
         self.large = max(0, math.floor(fraction * config.budget) - config.sinks)
         self.needs_mass = self.policy.needs_mass
         self.needs_queries = self.policy.needs_queries
+        self.only_window_attention = self.policy.only_window_attention
         self.needs_keys = self.policy.needs_keys
         self.needs_window_keys = self.policy.needs_window_keys
         self.needs_values = self.policy.needs_values or self.large > 0
@@ -103,8 +104,7 @@ class Selector:
 
     def _large_values(self, candidates: Candidates, protected: Tensor, prefix: Sequence[int]) -> Tensor:
         """Mask [N, Hkv, C] of the entries that are protected for their large values."""
-        assert candidates.values is not None
-        rank = ranks(round_mantissa(value_range(candidates.values))).masked_fill(protected, _EXCLUDED)
+        rank = ranks(round_mantissa(candidates.value_range())).masked_fill(protected, _EXCLUDED)
         mask = torch.zeros_like(protected)
         counts = [min(self.large, self.keep - first) for first in prefix]  # the protected set never exceeds `keep`
         for count in set(counts) - {0}:

@@ -1,27 +1,32 @@
 """Attention under `evict_at`, segment by segment: O(S * budget) on any device.
 
 The queries between two events see one fixed set of `budget` past keys and their own causal block. So the tokens up to
-the first event are plain causal attention, and each later segment gathers what its event kept. The backward pass
-gathers again instead of keeping what was gathered, S * budget / window entries, so its memory is that of dense
-attention.
+the first event are plain causal attention, and each later segment gathers what its event kept. The candidates of an
+event are what its segment saw of the past, and its window's queries are the segment's: where a policy scores by window
+attention alone, one walk over the events decides and attends from the same logits. The backward pass gathers again
+instead of keeping what was gathered, S * budget / window entries, so its memory is that of dense attention.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from vkvtrain.lifetimes import Plan
-from vkvtrain.logits import LogitForm
+from vkvtrain.attention import products
+from vkvtrain.attention.calls import Call, joined, padded, replayed
+from vkvtrain.gather import Entries
+from vkvtrain.lifetimes import Plan, Walk
+from vkvtrain.logits import LogitForm, score_dtype
 from vkvtrain.logits import attend as attend_entries
+from vkvtrain.selection import Selector
 
-_GATHERED = 2**20
-"""Most elements of gathered keys in one attention call: they stay in a CPU's cache, and memory is bounded."""
-_GATHERED_ON_DEVICE = 2**25
-"""The same for an accelerator, which needs larger calls."""
+_LOGITS = 2**19
+"""Logits of one attention call on a CPU, about: they stay in its cache."""
+_LOGITS_ON_DEVICE = 2**26
+"""The same for an accelerator, which needs larger calls; bounds what is gathered."""
+_PRODUCTS = 2**24
+"""Most logits of a segment that plain products attend: a later turn of a conversation may be long."""
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, evict_at: Tensor, plan: Plan, form: LogitForm) -> Tensor:
@@ -34,83 +39,21 @@ def attend(query: Tensor, key: Tensor, value: Tensor, evict_at: Tensor, plan: Pl
         plan: the batch's rows and events.
         form: scaling, soft cap and sinks of the attention.
     """
-    out: Any = _Segments.apply(query, key, value, form.sinks, evict_at, plan, form)
-    return out.transpose(1, 2)
+    out: Any = _Segments.apply(query, key, value, form.sinks, evict_at, plan, form, None)
+    return out
 
 
-@dataclass(frozen=True)
-class _Call:
-    """Segments of one attention call: `rows[n]` from token `starts[n]` to `ends[n]`, each padded to `length` tokens."""
-
-    rows: list[int]
-    starts: list[int]
-    ends: list[int]
-    length: int
-    held: int
-    """Past entries that a query sees beside its segment: `budget`, or 0 before the first event."""
+def can_decide(selector: Selector, device: torch.device) -> bool:
+    """Whether `attend_and_decide` is to be had: not for a policy that stops between events to add up attention."""
+    return device.type == "cpu" and not selector.needs_mass
 
 
-def _calls(plan: Plan, per_call: int) -> Iterator[_Call]:
-    """Every token of every row in one call; a call gathers at most about `per_call` entries a head."""
-    groups: dict[tuple[int, int], list[tuple[int, int, int]]] = {}
-    for index, row in enumerate(plan.rows):
-        starts = [0, *(event.position + 1 for event in row.events)]
-        for start, end in zip(starts, [*starts[1:], row.length], strict=True):
-            if end > start:
-                padded = -(-(end - start) // plan.window) * plan.window if start else end
-                groups.setdefault((padded, plan.budget if start else 0), []).append((index, start, end))
-    for (length, held), segments in groups.items():
-        step = max(1, per_call // (held + length))
-        for begin in range(0, len(segments), step):
-            rows, starts, ends = zip(*segments[begin : begin + step], strict=True)
-            yield _Call(list(rows), list(starts), list(ends), length, held)
-
-
-class _Places:
-    """Where a call's queries and entries lie in [B * H, S] of the whole batch, flattened."""
-
-    def __init__(self, call: _Call, evict_at: Tensor, plan: Plan, q_heads: int) -> None:
-        kv_heads, width, device = evict_at.shape[1], plan.width, evict_at.device
-        row, start = plan.index(call.rows), plan.index(call.starts)[:, None]
-        own = start + torch.arange(call.length, device=device)
-        self.real = (own < plan.index(call.ends)[:, None])[:, None, :, None]
-        """Bool [N, 1, L, 1]: queries that are tokens of the segment."""
-        own = own.clamp(max=width - 1)[:, None].expand(-1, kv_heads, -1)
-        entries = torch.cat([_held(evict_at[row], start[:, None], call.held), own], -1) if call.held else own
-        heads = torch.arange(kv_heads, device=device)
-        self.entries = (row[:, None] * kv_heads + heads)[:, :, None] * width + entries
-        heads = torch.arange(q_heads, device=device)
-        self.queries = (row[:, None] * q_heads + heads)[:, :, None] * width + own[:, :1]
-
-    def gather(self, source: Tensor, places: Tensor) -> Tensor:
-        """[B, H, S, D] -> [N, H, L, D]."""
-        return source.flatten(0, 2).index_select(0, places.flatten()).view(*places.shape, -1)
-
-
-def _held(evict_at: Tensor, start: Tensor, count: int) -> Tensor:
-    """The `count` positions that each segment sees of the past, ascending, [N, Hkv, count].
-
-    Args:
-        evict_at: of the segments' rows, [N, Hkv, S].
-        start: first tokens of the segments, [N, 1, 1].
-        count: entries that an event leaves.
-    """
-    position = torch.arange(evict_at.shape[-1], device=evict_at.device)
-    alive = (position < start) & (evict_at > start)
-    slot = torch.where(alive, alive.cumsum(-1) - 1, count)
-    slots = evict_at.new_empty(*slot.shape[:2], count + 1)
-    return slots.scatter_(-1, slot, position.expand_as(slot))[..., :count]
-
-
-def _visible(call: _Call, device: torch.device) -> Tensor:
-    """What each query of a segment sees, bool [L, held + L]."""
-    return torch.ones(call.length, call.held + call.length, dtype=torch.bool, device=device).tril(call.held)
-
-
-def _attend_call(query: Tensor, key: Tensor, value: Tensor, call: _Call, form: LogitForm) -> Tensor:
-    if not call.held:
-        return attend_entries(query, key, value, form, is_causal=True)
-    return attend_entries(query, key, value, form, _visible(call, query.device))
+def attend_and_decide(
+    query: Tensor, key: Tensor, value: Tensor, plan: Plan, selector: Selector, layer: int, form: LogitForm
+) -> tuple[Tensor, Tensor]:
+    """Attention output [B, S, Hq, D] and `evict_at` [B, Hkv, S] from one walk; arguments as for `lifetimes`."""
+    result: Any = _Segments.apply(query, key, value, form.sinks, None, plan, form, (selector, layer))
+    return result
 
 
 class _Segments(torch.autograd.Function):
@@ -118,56 +61,159 @@ class _Segments(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, evict_at: Tensor, plan: Plan,
-        form: LogitForm,
-    ) -> Tensor:  # fmt: skip
-        query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
-        out = query.new_zeros(*query.shape[:3], value.shape[-1])
-        flat = out.view(-1, out.shape[-1])
-        for call in _calls(plan, _per_call(key)):
-            places = _Places(call, evict_at, plan, query.shape[1])
-            part = _attend_call(
-                places.gather(query, places.queries), places.gather(key, places.entries),
-                places.gather(value, places.entries), call, form,
-            )  # fmt: skip
-            # what pads a segment lies on other tokens, to which it adds nothing
-            flat.index_add_(0, places.queries.flatten(), torch.where(places.real, part, 0.0).flatten(0, 2))
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, evict_at: Tensor | None, plan: Plan,
+        form: LogitForm, policy: tuple[Selector, int] | None,
+    ) -> Any:  # fmt: skip
+        layer = _Layer(query, key, value, plan, form)
+        out = _by_tokens(query, value.shape[-1], query.dtype)
+        if policy is None:
+            assert evict_at is not None
+            for call in joined(replayed(evict_at, plan), layer.segments_per_call):
+                layer.forward(call, out)
+        else:
+            evict_at = _walk(layer, Walk(query, key, value, plan, *policy, form), out)
+            ctx.mark_non_differentiable(evict_at)
         ctx.save_for_backward(query, key, value, sinks, evict_at)
         ctx.plan, ctx.form = plan, form
-        return out
+        out = out.transpose(1, 2)
+        return out if policy is None else (out, evict_at)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, sinks, evict_at = ctx.saved_tensors
-        plan, form = ctx.plan, ctx.form
-        gradient = gradients[0].contiguous()
-        totals = [torch.zeros_like(source) for source in (query, key, value)]
-        if sinks is not None:
-            totals.append(torch.zeros_like(sinks))
-        for call in _calls(plan, _per_call(key)):
-            places = _Places(call, evict_at, plan, query.shape[1])
-            lie = (places.queries, places.entries, places.entries)
-            inputs = [
-                places.gather(source, where).requires_grad_()
-                for source, where in zip((query, key, value), lie, strict=True)
-            ]
-            if sinks is not None:
-                inputs.append(sinks.detach().requires_grad_())
-            its_form = LogitForm(form.scaling, form.softcap, inputs[3] if sinks is not None else None)
+        layer = _Layer(query, key, value, ctx.plan, ctx.form)
+        upstream, dtype = gradients[0].transpose(1, 2), score_dtype(key.dtype)
+        # a key is added to by every segment that sees it
+        totals = [
+            _by_tokens(query, query.shape[-1], query.dtype), _by_tokens(key, key.shape[-1], dtype),
+            _by_tokens(value, value.shape[-1], dtype),
+        ]  # fmt: skip
+        of_sinks = None if sinks is None else torch.zeros_like(sinks)
+        for call in joined(replayed(evict_at, ctx.plan), layer.segments_per_call):
+            found = layer.backward(call, upstream, totals)
+            if of_sinks is not None:
+                of_sinks += found
+        return (*(total.to(key.dtype) for total in totals), of_sinks, None, None, None, None)
+
+
+def _walk(layer: "_Layer", walk: Walk, out: Tensor) -> Tensor:
+    """Walk the events, attending on the way; `evict_at`."""
+    plan = walk.plan
+    for stop in walk.stops():
+        past = stop.positions[..., : plan.budget] if stop.has_evicted else None
+        ends = [block.end for block in stop.blocks]
+        call = Call(stop.rows, stop.starts, ends, ends[0] - stop.starts[0], past)
+        is_window = past is not None and call.length == plan.window and layer.takes_products(call)
+        walk.reach(stop, layer.forward(call, out, is_window and walk.selector.only_window_attention))
+    last: dict[tuple[int, bool], list[int]] = {}
+    for index, row in enumerate(plan.rows):
+        start = walk.starts[index] or 0
+        if start < row.length:
+            last.setdefault((padded(start, row.length, plan.window), start > 0), []).append(index)
+    for (length, has_evicted), rows in last.items():
+        past = walk.held[plan.index(rows)] if has_evicted else None
+        starts, ends = [walk.starts[row] or 0 for row in rows], [plan.rows[row].length for row in rows]
+        layer.forward(Call(rows, starts, ends, length, past), out)
+    return walk.evict_at
+
+
+def _by_tokens(like: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
+    """Zeros [B, H, S, dim] whose tokens lie together in memory, as a model's projections want them."""
+    rows, heads, width, _ = like.shape
+    return like.new_zeros(rows, width, heads, dim, dtype=dtype).transpose(1, 2)
+
+
+class _Layer:
+    """One layer's attention, call by call: gathers what a call sees, and puts what comes out where it belongs."""
+
+    def __init__(self, query: Tensor, key: Tensor, value: Tensor, plan: Plan, form: LogitForm) -> None:
+        self.query, self.key, self.value = Entries(query), Entries(key), Entries(value)
+        self.plan, self.form, self.device = plan, form, query.device
+
+    def _logits(self, call: Call) -> int:
+        """Logits of one of the call's segments."""
+        return self.query.heads * call.length * (call.length + (0 if call.past is None else self.plan.budget))
+
+    def segments_per_call(self, call: Call) -> int:
+        limit = _LOGITS if self.device.type == "cpu" else _LOGITS_ON_DEVICE
+        return max(1, limit // self._logits(call))
+
+    def takes_products(self, call: Call) -> bool:
+        """Whether a call is computed by plain matrix products, else by a fused kernel."""
+        return self.device.type == "cpu" and call.past is not None and self._logits(call) <= _PRODUCTS
+
+    def forward(self, call: Call, out: Tensor, scores: bool = False) -> Tensor | None:
+        """Write the output of a call into `out` [B, Hq, S, Dv].
+
+        Returns:
+            If `scores`: the window attention to the past, [N, Hkv, budget]. For calls that take products.
+        """
+        found, to = [], Entries(out)
+        for part in call.split(self.segments_per_call(call)):
+            rows, queries, entries, real = self._places(part)
+            inputs = (
+                self.query.gather(rows, queries), self.key.gather(rows, entries), self.value.gather(rows, entries)
+            )  # fmt: skip
+            if self.takes_products(part):
+                segment = products.segment(*inputs, self.form)
+                result = products.output(segment)
+                if scores:
+                    found.append(products.window_attention(segment, self.key.heads, self.plan.budget))
+            else:
+                result = self._fused(part, *inputs, self.form)
+            _add(to, rows, queries, result, real)
+        return torch.cat(found) if found else None
+
+    def backward(self, call: Call, upstream: Tensor, totals: list[Tensor]) -> Tensor | None:
+        """Add a call's gradients to those of query, key and value, given that of the output [B, Hq, S, Dv].
+
+        Returns:
+            The gradient of the sinks, if there are any.
+        """
+        rows, queries, entries, real = self._places(call)
+        inputs = [self.query.gather(rows, queries), self.key.gather(rows, entries), self.value.gather(rows, entries)]
+        gradient = Entries(upstream).gather(rows, queries)
+        if real is not None:
+            gradient = torch.where(real, gradient, 0.0)
+        if self.takes_products(call):
+            *found, of_sinks = products.gradients(products.segment(*inputs, self.form), gradient, self.form)
+        else:
+            sinks = self.form.sinks
+            leaves = [*inputs] if sinks is None else [*inputs, sinks.detach()]
+            leaves = [leaf.requires_grad_() for leaf in leaves]
+            form = LogitForm(self.form.scaling, self.form.softcap, None if sinks is None else leaves[3])
             with torch.enable_grad():
-                part = _attend_call(inputs[0], inputs[1], inputs[2], call, its_form)
-            of_part = torch.where(places.real, places.gather(gradient, places.queries), 0.0)
-            for total, where, found in zip(
-                totals, (*lie, None), torch.autograd.grad(part, inputs, of_part), strict=False
-            ):
-                if where is None:
-                    total += found
-                else:
-                    total.view(-1, total.shape[-1]).index_add_(0, where.flatten(), found.flatten(0, 2))
-        return (*totals, *([None] if sinks is None else []), None, None, None)
+                out = self._fused(call, leaves[0], leaves[1], leaves[2], form)
+            found = list(torch.autograd.grad(out, leaves, gradient))
+            of_sinks = None if sinks is None else found.pop()
+        for total, where, part in zip(totals, (queries, entries, entries), found, strict=True):
+            _add(Entries(total), rows, where, part, None)
+        return of_sinks
+
+    def _places(self, call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Rows [N], positions of queries [N, Hq, L] and entries [N, Hkv, budget + L], and which queries are tokens of
+        their segment, bool [N, 1, L, 1]; None: all. What pads a segment lies on other tokens."""
+        rows, start = self.plan.index(call.rows), self.plan.index(call.starts)[:, None]
+        own = start + torch.arange(call.length, device=self.device)
+        real = None
+        if not call.is_full:
+            real = (own < self.plan.index(call.ends)[:, None])[:, None, :, None]
+            own = own.clamp(max=self.plan.width - 1)
+        own = own[:, None]
+        entries = own.expand(-1, self.key.heads, -1)
+        if call.past is not None:
+            entries = torch.cat([call.past, entries], -1)
+        return rows, own.expand(-1, self.query.heads, -1), entries, real
+
+    def _fused(self, call: Call, query: Tensor, key: Tensor, value: Tensor, form: LogitForm) -> Tensor:
+        if call.past is None:
+            return attend_entries(query, key, value, form, is_causal=True)
+        visible = torch.ones(call.length, self.plan.budget + call.length, dtype=torch.bool, device=self.device)
+        return attend_entries(query, key, value, form, visible.tril(self.plan.budget))
 
 
-def _per_call(key: Tensor) -> int:
-    limit = _GATHERED if key.device.type == "cpu" else _GATHERED_ON_DEVICE
-    return max(1, limit // (key.shape[1] * key.shape[3]))
+def _add(to: Entries, rows: Tensor, positions: Tensor, part: Tensor, real: Tensor | None) -> None:
+    if real is not None:
+        part = torch.where(real, part, 0.0)
+    to.flat.index_add_(0, to.places(rows, positions).flatten(), part.to(to.flat.dtype).flatten(0, 2))

@@ -150,12 +150,20 @@ class Trace:
             evict_at = never_evicted(plan, key.shape[1])
         elif layer in self.evict_at:
             evict_at = self.evict_at[layer]
+        elif self._selector is not None and kind.evicts and self._fuses(key.device):
+            out, self.evict_at[layer] = segments.attend_and_decide(query, key, value, plan, self._selector, layer, form)
+            return out
         else:
             evict_at = self.evict_at[layer] = self._decide(layer, query, key, value, plan, form)
         if kind.sliding_window is not None:
             attend = reference.attend_sliding if self.backend == "reference" else sliding.attend
             return attend(query, key, value, kind.sliding_window, plan, form)
         return BACKENDS[self.backend](query, key, value, evict_at, plan, form)
+
+    def _fuses(self, device: torch.device) -> bool:
+        """Whether the events are walked by the attention itself."""
+        assert self._selector is not None
+        return self.backend == "segments" and segments.can_decide(self._selector, device)
 
     def _decide(self, layer: int, query: Tensor, key: Tensor, value: Tensor, plan: Plan, form: LogitForm) -> Tensor:
         if not self._kinds[layer].evicts:

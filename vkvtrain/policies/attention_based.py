@@ -16,6 +16,7 @@ class SnapKV(Policy):
 
     needs_queries: ClassVar[bool] = True
     needs_keys: ClassVar[bool] = True
+    only_window_attention: ClassVar[bool] = True
 
     def score(self, candidates: Candidates, smooth: bool) -> Tensor:
         return window_attention(candidates, smooth)
@@ -86,6 +87,7 @@ class Caote(Policy):
     needs_queries: ClassVar[bool] = True
     needs_keys: ClassVar[bool] = True
     needs_values: ClassVar[bool] = True
+    only_window_attention: ClassVar[bool] = True
 
     def score(self, candidates: Candidates, smooth: bool) -> Tensor:
         assert candidates.values is not None

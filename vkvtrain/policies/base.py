@@ -29,6 +29,9 @@ class Candidates:
         window_keys: keys of the window's entries, which are no candidates, [N, Hkv, R, D], same dtype.
         mass: attention that each candidate has got from all queries so far, [N, Hkv, C], same dtype.
         softcap: bound c of the attention logits, `c * tanh(l / c)`, where the model has one.
+        attention: `window_attention` before smoothing [N, Hkv, C], where a training pass has it from its own logits:
+            for policies that declare `only_window_attention`, then without queries and keys.
+        ranges: `value_range` of each candidate [N, Hkv, C], where it is known already.
     """
 
     positions: Tensor
@@ -40,6 +43,15 @@ class Candidates:
     window_keys: Tensor | None = None
     mass: Tensor | None = None
     softcap: float | None = None
+    attention: Tensor | None = None
+    ranges: Tensor | None = None
+
+    def value_range(self) -> Tensor:
+        """Value ranges of the candidates, [N, Hkv, C]."""
+        if self.ranges is not None:
+            return self.ranges
+        assert self.values is not None
+        return value_range(self.values)
 
     def logits(self, queries: Tensor, keys: Tensor) -> Tensor:
         """Attention logits of every query head, [N, Hkv, Hq / Hkv, Q, K].
@@ -67,6 +79,8 @@ class Policy:
     needs_window_keys: ClassVar[bool] = False
     needs_mass: ClassVar[bool] = False
     """Attention accumulated over every query so far: costs a pass over all queries, the prompt's included."""
+    only_window_attention: ClassVar[bool] = False
+    """Queries and keys are needed for `window_attention` and nothing else."""
     samples: ClassVar[bool] = False
     """Scores are weights of sampling without replacement, else the highest scores are kept."""
     scores_single_tokens: ClassVar[bool] = False
@@ -103,12 +117,14 @@ def window_attention(candidates: Candidates, smooth: bool) -> Tensor:
     neighbours (stride 1, zero padding counted) if `smooth`, mean over the query heads of the KV head. Source: SnapKV
     (arXiv 2404.14469) in its decode form, as VaSE (arXiv 2606.03928) uses it.
     """
-    assert candidates.queries is not None
-    assert candidates.keys is not None
-    attention = candidates.logits(candidates.queries, candidates.keys).softmax(-1).mean((2, 3))
+    attention = candidates.attention
+    if attention is None:
+        assert candidates.queries is not None
+        assert candidates.keys is not None
+        attention = candidates.logits(candidates.queries, candidates.keys).softmax(-1).mean((2, 3))
     return torch.nn.functional.avg_pool1d(attention, 5, stride=1, padding=2) if smooth else attention
 
 
-def value_range(values: Tensor) -> Tensor:
-    """`max_d v - min_d v` of each entry: VaSE's measure of a large value. [..., D] -> [...]."""
-    return values.amax(-1) - values.amin(-1)
+def value_range(values: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """`max_d v - min_d v` of each entry in `dtype` (its own): VaSE's measure of a large value. [..., D] -> [...]."""
+    return values.amax(-1).to(dtype or values.dtype) - values.amin(-1).to(dtype or values.dtype)

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from vkvtrain.policies.base import Candidates, Policy, register, value_range
+from vkvtrain.policies.base import Candidates, Policy, register
 
 
 @dataclass(frozen=True)
@@ -20,8 +20,7 @@ class EvictLarge(_ValueBased):
     """Drop the largest value ranges: the ablation that shows what VaSE protects (arXiv 2606.03928)."""
 
     def score(self, candidates: Candidates, smooth: bool) -> Tensor:
-        assert candidates.values is not None
-        return -value_range(candidates.values)
+        return -candidates.value_range()
 
 
 @register("value_l2")

@@ -75,6 +75,60 @@ def test_segments_equals_reference(batch, seed, form):
         assert (ours - theirs).abs().max() < 1e-10
 
 
+@given(batches(), st.integers(0, 1000), st.sampled_from(FORMS))
+def test_one_walk_decides_and_attends(batch, seed, form):
+    """The same decisions as `lifetimes`, and the reference's attention."""
+    config, *_ = batch
+    query, key, value, _, plan = make(*batch, seed)
+    form = fitting(form, query.shape[1])
+    evict_at = lifetimes(query, key, value, plan, Selector(config), 0, form)
+    assert segments.can_decide(Selector(config), query.device)
+
+    def walk(query, key, value, form):
+        out, decided = segments.attend_and_decide(query, key, value, plan, Selector(config), 0, form)
+        assert torch.equal(decided, evict_at)
+        return out
+
+    for ours, theirs in zip(
+        outputs_and_gradients(walk, query, key, value, form=form),
+        outputs_and_gradients(reference.attend, query, key, value, evict_at, plan, form=form),
+        strict=True,
+    ):
+        assert (ours - theirs).abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("distance", [5.0, 60.0, 2000.0])
+@pytest.mark.parametrize("policy", ["snapkv", "vase_attnv"])
+def test_scores_where_the_window_pays_the_past_nothing(policy, distance):
+    """Every segment attends to itself by far the most: the scores are shares of what is left of the attention."""
+    config = EvictionConfig(policy=policy, budget=8, window=4, sinks=1)
+    query, key, value, _, plan = make(config, [[(0, 3)], [(0, 5)]], [60, 50], (4, 2))
+    block = torch.nn.functional.one_hot(torch.arange(62) // 4 % 8, 8) * distance
+    query, key = query + block, key + block
+    evict_at = lifetimes(query, key, value, plan, Selector(config), 0, FORM)
+    out, decided = segments.attend_and_decide(query, key, value, plan, Selector(config), 0, FORM)
+    assert torch.equal(decided, evict_at)
+    assert (out - reference.attend(query, key, value, evict_at, plan, FORM)).abs().max() < 1e-10
+
+
+@pytest.mark.parametrize(("dtype", "rounding"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2), (torch.float16, 4e-3)])
+def test_lower_precision(dtype, rounding):
+    """Outputs and gradients keep the inputs' dtype and come within its rounding of float64."""
+    config = EvictionConfig(policy="random", budget=12, window=4, sinks=1)
+    query, key, value, evict_at, plan = make(config, [[(0, 5)], [(0, 30)]], [70, 66], (4, 2))
+    low = [tensor.to(dtype).requires_grad_() for tensor in (query, key, value)]
+    exact = [tensor.detach().double().requires_grad_() for tensor in low]
+    upstream = torch.randn(2, plan.width, 4, 8, generator=torch.Generator().manual_seed(1)).to(dtype)
+    for leaves in (low, exact):
+        segments.attend(*leaves, evict_at, plan, FORM).backward(upstream.to(leaves[0].dtype))
+    ours = segments.attend(*low, evict_at, plan, FORM)
+    assert ours.dtype == dtype
+    assert (ours.double() - segments.attend(*exact, evict_at, plan, FORM)).abs().max() < rounding
+    for mine, theirs in zip(low, exact, strict=True):
+        assert mine.grad.dtype == dtype
+        assert (mine.grad.double() - theirs.grad).abs().max() < rounding * max(1.0, theirs.grad.abs().max())
+
+
 @given(batches(), st.integers(1, 80), st.integers(0, 1000), st.sampled_from(FORMS))
 def test_sliding_windows_equal_the_reference(batch, window, seed, form):
     query, key, value, _, plan = make(*batch, seed)

@@ -12,9 +12,9 @@ from scipy import stats
 
 from vkvtrain import EvictionConfig
 from vkvtrain.noise import NoiseSource, stream_key
-from vkvtrain.policies import POLICIES, Candidates, value_range
+from vkvtrain.policies import POLICIES, Candidates, round_mantissa, value_range
 from vkvtrain.policies.base import Policy, window_attention
-from vkvtrain.selection import Selector, ranks, round_mantissa, top
+from vkvtrain.selection import Selector, ranks, top
 
 PER_ROW = ("positions", "queries", "keys", "values", "window_keys", "mass")
 

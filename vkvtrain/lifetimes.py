@@ -16,7 +16,7 @@ from vkvtrain.events import Block, Chunks, Event, blocks, normalise_chunks
 from vkvtrain.gather import Entries
 from vkvtrain.logits import LogitForm, attention_mass, score_dtype
 from vkvtrain.noise import NoiseSource, Stream, stream_key
-from vkvtrain.policies import Candidates, value_range
+from vkvtrain.policies import Candidates, round_mantissa, value_range
 from vkvtrain.selection import Selector
 
 
@@ -145,7 +145,7 @@ class Walk:
         self.dtype = score_dtype(key.dtype)
         rows, heads, width, _ = key.shape
         self.query, self.key, self.value = Entries(query), Entries(key), Entries(value)
-        self.ranges = value_range(value, self.dtype) if selector.needs_values else None
+        self.ranges = round_mantissa(value_range(value, self.dtype)) if selector.needs_values else None
         self.evict_at = never_evicted(plan, heads)
         self.held = self.evict_at.new_zeros(rows, heads, plan.budget)
         """Positions that each row holds after its last event."""
@@ -229,9 +229,8 @@ class Walk:
         )
         slots = selector(candidates, [plan.rows[row].prompt for row in stop.rows])
         kept = considered.gather(-1, slots)
-        dropped_at = self.evict_at[rows]
-        dropped_at.scatter_(-1, considered, end[:, None, None].expand_as(considered))
-        self.evict_at[rows] = dropped_at.scatter_(-1, kept, plan.width + 1)
+        until = self.evict_at[rows].scatter_(-1, considered, end[:, None, None].expand_as(considered))
+        self.evict_at[rows] = until.scatter_(-1, kept, plan.width + 1)
         self.held[rows] = torch.cat([kept, positions[:, :, count:]], dim=-1)
         if selector.needs_mass:
             mass = self.mass[rows, :, : positions.shape[-1]]

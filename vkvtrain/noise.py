@@ -12,6 +12,7 @@ import math
 import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import SupportsIndex
 
 import torch
@@ -65,9 +66,10 @@ def stream_key(seed: int, stream: Stream) -> tuple[int, int]:
     return low_high & _MASK, low_high >> 32
 
 
-def _high_low(multiplier: int, word: Tensor) -> tuple[Tensor, Tensor]:
-    product = word * multiplier  # wraps as unsigned 64-bit arithmetic does; the shift's sign bits are masked off
-    return (product >> 32) & _MASK, product & _MASK
+@cache
+def _increments(device: torch.device) -> Tensor:
+    """What is added to the key before each round, int64 [10, 2]; copied to a device once."""
+    return torch.tensor([[number * word & _MASK for word in _WEYL] for number in range(10)], device=device)
 
 
 def philox(counter: Sequence[Tensor | int], key: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -82,14 +84,18 @@ def philox(counter: Sequence[Tensor | int], key: tuple[Tensor, Tensor]) -> tuple
     """
     device = key[0].device
     c0, c1, c2, c3 = (torch.as_tensor(word, dtype=torch.int64, device=device) for word in counter)
-    k0, k1 = key
-    for _ in range(10):
-        high0, low0 = _high_low(_MULTIPLIERS[0], c0)
-        high1, low1 = _high_low(_MULTIPLIERS[1], c2)
-        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
-        k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
+    keys = torch.stack(key)
+    keys = (keys + _increments(device).view(10, 2, *[1] * (keys.dim() - 1))).bitwise_and_(_MASK)
+    for k0, k1 in (number.unbind() for number in keys.unbind()):
+        # products wrap as unsigned 64-bit arithmetic does; only what is multiplied next needs its upper bits off
+        product0, product1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+        c0, c2 = (
+            ((product1 >> 32) ^ c1 ^ k0).bitwise_and_(_MASK),
+            ((product0 >> 32) ^ c3 ^ k1).bitwise_and_(_MASK),
+        )
+        c1, c3 = product1, product0
     shape = torch.broadcast_shapes(c0.shape, c1.shape, c2.shape, c3.shape)
-    return c0.expand(shape), c1.expand(shape), c2.expand(shape), c3.expand(shape)
+    return c0.expand(shape), (c1 & _MASK).expand(shape), c2.expand(shape), (c3 & _MASK).expand(shape)
 
 
 def _unit(high: Tensor, low: Tensor) -> Tensor:

@@ -12,22 +12,12 @@ import torch
 from torch import Tensor
 
 from vkvtrain.config import EvictionConfig
-from vkvtrain.policies import Candidates
+from vkvtrain.policies import Candidates, round_mantissa
 
 _PROTECTED = 0x7FFFFFFF
 """Rank above that of any float32."""
 _EXCLUDED = -0x80000000
 """Rank below that of any float32, minus infinity included."""
-
-
-def round_mantissa(x: Tensor, bits: int = 10) -> Tensor:
-    """`x` rounded to `bits` explicit mantissa bits, half to even.
-
-    Equal tokens get values that differ in the last bits when a prefill and a one-token product compute them; rounded,
-    they tie as they should.
-    """
-    mantissa, exponent = torch.frexp(x)
-    return torch.ldexp(torch.round(mantissa * 2 ** (bits + 1)), exponent - (bits + 1))
 
 
 def ranks(score: Tensor) -> Tensor:
@@ -104,9 +94,11 @@ class Selector:
 
     def _large_values(self, candidates: Candidates, protected: Tensor, prefix: Sequence[int]) -> Tensor:
         """Mask [N, Hkv, C] of the entries that are protected for their large values."""
-        rank = ranks(round_mantissa(candidates.value_range())).masked_fill(protected, _EXCLUDED)
-        mask = torch.zeros_like(protected)
+        rank = ranks(candidates.value_range()).masked_fill(protected, _EXCLUDED)
         counts = [min(self.large, self.keep - first) for first in prefix]  # the protected set never exceeds `keep`
+        mask = torch.zeros_like(protected)
+        if len(set(counts)) == 1:
+            return mask.scatter_(-1, top(rank, counts[0]), True)
         for count in set(counts) - {0}:
             rows = torch.tensor([row for row, c in enumerate(counts) if c == count], device=rank.device)
             mask[rows] = mask[rows].scatter(-1, top(rank[rows], count), True)

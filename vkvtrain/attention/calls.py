@@ -54,17 +54,18 @@ def replayed(evict_at: Tensor, plan: Plan) -> Iterator[Call]:
         for row, its in enumerate(spans):
             if number < len(its):
                 before = its[number - 1][1] - its[number - 1][0] if number else 0
-                groups.setdefault((padded(*its[number], plan.window), before), []).append(row)
+                start, end = its[number]
+                groups.setdefault((padded(start, end, plan.window), before), []).append(row)
         for (length, before), rows in groups.items():
             starts, ends = (list(of) for of in zip(*(spans[row][number] for row in rows), strict=True))
             past = None
             if number:
-                index, start = plan.index(rows), plan.index(starts)[:, None, None]
-                entries = torch.arange(-before, 0, device=evict_at.device) + start
+                index, first = plan.index(rows), plan.index(starts)[:, None, None]
+                entries = torch.arange(-before, 0, device=evict_at.device) + first
                 entries = entries.expand(-1, evict_at.shape[1], -1)
                 if number > 1:
                     entries = torch.cat([held[index], entries], -1)
-                past = _survivors(entries, evict_at[index].gather(-1, entries) > start, plan.budget)
+                past = _survivors(entries, evict_at[index].gather(-1, entries) > first, plan.budget)
                 held[index] = past
             yield Call(rows, starts, ends, length, past)
 

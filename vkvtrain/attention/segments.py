@@ -92,7 +92,7 @@ class _Segments(torch.autograd.Function):
         of_sinks = None if sinks is None else torch.zeros_like(sinks)
         for call in joined(replayed(evict_at, ctx.plan), layer.segments_per_call):
             found = layer.backward(call, upstream, totals)
-            if of_sinks is not None:
+            if of_sinks is not None and found is not None:
                 of_sinks += found
         return (*(total.to(key.dtype) for total in totals), of_sinks, None, None, None, None)
 
@@ -152,16 +152,16 @@ class _Layer:
         found, to = [], Entries(out)
         for part in call.split(self.segments_per_call(call)):
             rows, queries, entries, real = self._places(part)
-            inputs = (
+            query, key, value = (
                 self.query.gather(rows, queries), self.key.gather(rows, entries), self.value.gather(rows, entries)
             )  # fmt: skip
             if self.takes_products(part):
-                segment = products.segment(*inputs, self.form)
+                segment = products.segment(query, key, value, self.form)
                 result = products.output(segment)
                 if scores:
                     found.append(products.window_attention(segment, self.key.heads, self.plan.budget))
             else:
-                result = self._fused(part, *inputs, self.form)
+                result = self._fused(part, query, key, value, self.form)
             _add(to, rows, queries, result, real)
         return torch.cat(found) if found else None
 

@@ -31,7 +31,7 @@ class Candidates:
         softcap: bound c of the attention logits, `c * tanh(l / c)`, where the model has one.
         attention: `window_attention` before smoothing [N, Hkv, C], where a training pass has it from its own logits:
             for policies that declare `only_window_attention`, then without queries and keys.
-        ranges: `value_range` of each candidate [N, Hkv, C], where it is known already.
+        ranges: `value_range` of each candidate, rounded [N, Hkv, C], where it is known already.
     """
 
     positions: Tensor
@@ -47,11 +47,11 @@ class Candidates:
     ranges: Tensor | None = None
 
     def value_range(self) -> Tensor:
-        """Value ranges of the candidates, [N, Hkv, C]."""
+        """Value ranges of the candidates, rounded, [N, Hkv, C]."""
         if self.ranges is not None:
             return self.ranges
         assert self.values is not None
-        return value_range(self.values)
+        return round_mantissa(value_range(self.values))
 
     def logits(self, queries: Tensor, keys: Tensor) -> Tensor:
         """Attention logits of every query head, [N, Hkv, Hq / Hkv, Q, K].
@@ -128,3 +128,13 @@ def window_attention(candidates: Candidates, smooth: bool) -> Tensor:
 def value_range(values: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """`max_d v - min_d v` of each entry in `dtype` (its own): VaSE's measure of a large value. [..., D] -> [...]."""
     return values.amax(-1).to(dtype or values.dtype) - values.amin(-1).to(dtype or values.dtype)
+
+
+def round_mantissa(x: Tensor, bits: int = 10) -> Tensor:
+    """`x` rounded to `bits` explicit mantissa bits, half to even.
+
+    Equal tokens get values that differ in the last bits when a prefill and a one-token product compute them; rounded,
+    they tie as they should.
+    """
+    mantissa, exponent = torch.frexp(x)
+    return torch.round(mantissa * 2 ** (bits + 1)) * torch.exp2((exponent - (bits + 1)).to(x.dtype))

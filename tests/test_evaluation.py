@@ -4,6 +4,7 @@ import json
 import logging
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,11 @@ from lm_eval.models.huggingface import HFLM
 from transformers import GenerationConfig, Qwen3ForCausalLM
 
 from vkvtrain import EvictionConfig, cli
-from vkvtrain.evaluation.lm import EvictionLM, check_generation, take_eviction_config
+from vkvtrain.evaluation import lm as lm_module
+from vkvtrain.evaluation.arguments import take_eviction_config
+from vkvtrain.evaluation.lm import EvictionLM
 from vkvtrain.evaluation.records import RECORD
-from vkvtrain.evaluation.sampling import sampling_of
+from vkvtrain.evaluation.sampling import check_generation, sampling_of
 from vkvtrain.events import evictions_by, peak_entries
 from vkvtrain.generation import Sampling
 from vkvtrain.tiny import MODEL_PATH
@@ -129,6 +132,53 @@ def test_a_prompt_that_is_cut_says_so(caplog):
 def test_bad_model_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         take_eviction_config(arguments)
+
+
+@pytest.mark.parametrize(
+    "argument", [{"tp_plan": "auto"}, {"mixed_precision_dtype": "bfloat16"}, {"delta": "x"}, {"autogptq": True}]
+)
+def test_arguments_that_would_be_ignored_are_refused(argument, monkeypatch):
+    monkeypatch.setattr(HFLM, "__init__", lambda *_, **__: pytest.fail("a model was loaded"))
+    with pytest.raises(ValueError, match=f"{next(iter(argument))}=.* is not supported"):
+        model(**argument)
+
+
+def test_the_end_of_thinking_must_be_seen_in_decoded_text():
+    assert model(think_end_token="</think>").think_end_token == "</think>"
+    with pytest.raises(ValueError, match="does not appear in decoded text"):
+        model(think_end_token="2")  # the end token
+    with pytest.raises(ValueError, match="does not appear in decoded text"):
+        model(think_end_token="[/THINK]")  # the tokenizer has no such characters
+
+
+def test_thinking_is_taken_off_and_unfinished_thinking_is_no_answer():
+    """With `think_end_token` tasks see what follows it; a response that was cut off in its thinking is empty."""
+    asked = requests(lengths=(9, 16), max_gen_toks=80)
+    texts, records = generate(model(think_end_token="</think>"), asked)
+    whole, _ = generate(model(), requests(lengths=(9, 16), max_gen_toks=80))
+    assert texts == [whole[0].rpartition("</think>")[2], ""]
+    assert [record["answered"] for (record,) in records] == [True, False]
+    assert [record["text"] for (record,) in records] == whole
+
+
+def test_processes_that_a_launcher_dropped_are_noticed(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setattr(HFLM, "__init__", lambda *_, **__: pytest.fail("a model was loaded"))
+    with pytest.raises(ValueError, match="asked for 3 processes but this evaluation has 1"):
+        model()
+
+
+def test_ranks_do_not_wait_for_a_year(monkeypatch):
+    handlers = []
+    real = lm_module.Accelerator
+
+    def accelerator(kwargs_handlers):
+        handlers.extend(kwargs_handlers)
+        return real(kwargs_handlers=kwargs_handlers)
+
+    monkeypatch.setattr(lm_module, "Accelerator", accelerator)
+    model()
+    assert handlers[0].timeout == lm_module.RANK_TIMEOUT < timedelta(days=1)
 
 
 def test_an_eviction_setting_is_read_from_a_directory(tmp_path):

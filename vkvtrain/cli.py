@@ -86,9 +86,12 @@ def lm_eval(arguments: list[str]) -> None:
             "--use_cache: lm-eval's request cache does not know the budget; the model argument journal=DIRECTORY "
             "resumes an interrupted run"
         )
+    if any(argument.split("=")[0] == "--cache_requests" for argument in arguments):
+        raise ValueError("--cache_requests: lm-eval's cache of prompts does not know --metadata; leave it out")
     from lm_eval.__main__ import cli_evaluate
 
-    from vkvtrain.evaluation.lm import check_generation  # importing it registers the model
+    from vkvtrain.evaluation import lm  # noqa: F401 (importing it registers the model)
+    from vkvtrain.evaluation.sampling import check_generation
 
     check_generation(generation_settings(arguments))
     sys.argv = ["vkvtrain lm-eval", *arguments]

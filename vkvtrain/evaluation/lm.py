@@ -11,11 +11,12 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import transformers
-from accelerate import Accelerator
+from accelerate import Accelerator, InitProcessGroupKwargs
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
@@ -23,7 +24,7 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, po
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
-from vkvtrain.config import EvictionConfig
+from vkvtrain.evaluation.arguments import check_arguments, own_generation_settings, take_eviction_config
 from vkvtrain.evaluation.records import (
     RECORD,
     Generation,
@@ -43,30 +44,13 @@ from vkvtrain.evaluation.thinking import final_answer
 from vkvtrain.generation import Completion, Request, generate
 from vkvtrain.noise import canonical_stream
 from vkvtrain.support import ATTENTION, layer_kinds
+from vkvtrain.training.launch import asked_processes
 
 logger = logging.getLogger(__name__)
 
 
-def own_generation_settings(pretrained: str, revision: str) -> dict[str, Any]:
-    """What a model's generation_config.json sets; empty without the file."""
-    try:
-        return transformers.GenerationConfig.from_pretrained(pretrained, revision=revision).to_diff_dict()
-    except OSError:
-        return {}
-
-
-def take_eviction_config(arguments: dict[str, Any]) -> EvictionConfig:
-    """The eviction setting among model arguments, which are removed from them."""
-    given = {name: arguments.pop(name) for name in EvictionConfig.model_fields if name in arguments}
-    source = arguments.pop("eviction_config", None)
-    if source is not None and given:
-        raise ValueError(f"give eviction_config or {', '.join(given)}, not both")
-    if source is not None:
-        return EvictionConfig.from_pretrained(source)
-    if given and "policy" not in given:
-        raise ValueError(f"{', '.join(given)} given without a policy: add policy=vase_attnv, or remove them")
-    return EvictionConfig(**given) if given else EvictionConfig(policy="full")
-
+RANK_TIMEOUT = timedelta(hours=12)
+"""How long ranks wait for each other, the slowest one's generation included; lm-eval's own is a year."""
 
 _HFLM: Any = HFLM  # lm-eval's registry leaves it without a type
 
@@ -89,6 +73,7 @@ class EvictionLM(_HFLM):
     """`HFLM` that generates with `EvictionCache` and scores in a simulation of it."""
 
     def __init__(self, pretrained: str, **arguments: Any) -> None:
+        check_arguments(arguments)
         self.eviction = take_eviction_config(arguments)
         journal = arguments.pop("journal", None)
         self.journal = None if journal is None else Path(str(journal))
@@ -102,14 +87,33 @@ class EvictionLM(_HFLM):
         check_generation(own_generation_settings(pretrained, revision))
         self.run = Run()
         self.warnings: list[str] = []
+        accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=RANK_TIMEOUT)])
+        if (asked := asked_processes()) != accelerator.num_processes:
+            raise ValueError(
+                f"the launcher was asked for {asked} processes but this evaluation has {accelerator.num_processes}: "
+                "launch CPU processes with ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes"
+            )
         super().__init__(pretrained, backend="causal", **arguments)
-        accelerator = Accelerator()
-        if accelerator.num_processes > 1 and self._world_size == 1:
-            # HFLM looks at visible GPUs only: on CPU, or with one GPU a rank, every rank would do all the work
+        self.think_end_token = self._think_end(self.think_end_token)
+        if accelerator.num_processes > 1:
+            # HFLM counts the visible GPUs of a machine: wrong on CPU, with one GPU a rank, or on several machines
             self.accelerator = accelerator
             self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
             self._device = accelerator.device
             self._model.to(self._device)
+
+    def _think_end(self, tag: Any) -> str | None:
+        """The end-of-thinking tag as text, which decoding must not drop."""
+        if tag is None:
+            return None
+        tokens = [tag] if isinstance(tag, int) else self.tok_encode(tag, add_special_tokens=False)
+        text = self.tok_decode(tokens, skip_special_tokens=False) if isinstance(tag, int) else tag
+        if text not in self.tok_decode(tokens):
+            raise ValueError(
+                f"think_end_token={tag!r} does not appear in decoded text (it is a special token, or unknown to the "
+                "tokenizer): name the text that the model writes after its thinking"
+            )
+        return text
 
     def _create_model(self, pretrained: str, *args: Any, peft: str | None = None, **kwargs: Any) -> None:
         super()._create_model(pretrained, *args, **kwargs, attn_implementation=ATTENTION)
@@ -126,6 +130,8 @@ class EvictionLM(_HFLM):
         logged arguments gain a list of records (one a repeat): tokens, evictions, peak entries and bytes, counted to
         the sample's own end (`vkvtrain.evaluation.records`).
         """
+        journal = None if self.journal is None else self.journal / "completions.jsonl"
+        resumed = journal is not None and journal.exists()
         began = time.perf_counter()
         pairs, places = distinct(requests)
         jobs = [self._job(*pair) for pair in pairs]
@@ -140,7 +146,7 @@ class EvictionLM(_HFLM):
             end_tokens=self._end_tokens(),
             tokenizer=self.tokenizer,
             progress=None if disable_tqdm or self.rank != 0 else "generating",
-            journal=None if self.journal is None else self.journal / "completions.jsonl",
+            journal=journal,
         )
         answers = {
             (id(job.asked), job.repeat): self._generation(job, completion)
@@ -149,7 +155,8 @@ class EvictionLM(_HFLM):
         results = [answers[id(request), repeat] for request, repeat in pairs]
         for (request, _), text in zip(pairs, results, strict=True):
             attach(request, text.record)
-        self._report("generate_until", [text.record for text in results], time.perf_counter() - began)
+        seconds = 0.0 if resumed else time.perf_counter() - began  # what a journal held says nothing about speed
+        self._report("generate_until", [text.record for text in results], seconds)
         return [results[place] for place in places]
 
     def _job(self, asked: Instance, repeat: int) -> "_Job":
@@ -268,6 +275,9 @@ class EvictionLM(_HFLM):
     def get_model_info(self) -> dict[str, Any]:
         """HFLM's information, the eviction setting and what it did, over all ranks."""
         info = {"setting": self.eviction.model_dump(mode="json"), **self.run.summary()}
+        info["generation_config"] = (
+            self.model.generation_config.to_diff_dict()
+        )  # what tasks do not set is taken from it
         if self.warnings:
             info["warning"] = "; ".join(self.warnings)
         return {**super().get_model_info(), "eviction": info}

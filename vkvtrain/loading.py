@@ -44,25 +44,26 @@ def load(
         ValueError: what cannot be loaded, and why. Only safetensors are read; no remote code is run.
     """
     name = os.fspath(name_or_path)
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     try:
         eviction = EvictionConfig.from_pretrained(name, revision)
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision or "main")
         adapter = find_adapter_config_file(name, revision=revision)
-        model = _adapted(name, revision, dtype) if adapter else _whole(name, revision, dtype)
+        model = (_adapted if adapter else _whole)(name, revision, dtype, place)
     except OSError as error:
         raise ValueError(f"{name!r} cannot be loaded: {' '.join(str(error).split())}") from None
     layer_kinds(model.config, eviction)
-    place: Any = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    return Loaded(model.eval().to(place), tokenizer, eviction)
+    return Loaded(model.eval(), tokenizer, eviction)
 
 
-def _whole(name: str, revision: str | None, dtype: Any) -> Any:
+def _whole(name: str, revision: str | None, dtype: Any, place: torch.device) -> Any:
     return AutoModelForCausalLM.from_pretrained(
-        name, revision=revision or "main", dtype=dtype, attn_implementation=ATTENTION, use_safetensors=True
-    )
+        name, revision=revision or "main", dtype=dtype, attn_implementation=ATTENTION, use_safetensors=True,
+        device_map={"": place},  # quantized weights cannot be moved afterwards
+    )  # fmt: skip
 
 
-def _adapted(name: str, revision: str | None, dtype: Any) -> Any:
+def _adapted(name: str, revision: str | None, dtype: Any, place: torch.device) -> Any:
     """The base model with the adapter; `from_pretrained` alone would look for the base under the adapter's revision."""
     from peft import PeftConfig, PeftModel
 
@@ -71,4 +72,4 @@ def _adapted(name: str, revision: str | None, dtype: Any) -> Any:
     base = settings.base_model_name_or_path
     if not base:
         raise ValueError(f"{name!r}: adapter_config.json names no base model (base_model_name_or_path)")
-    return PeftModel.from_pretrained(_whole(base, settings.revision, dtype), name, revision=revision)
+    return PeftModel.from_pretrained(_whole(base, settings.revision, dtype, place), name, revision=revision)

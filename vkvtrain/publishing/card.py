@@ -71,7 +71,12 @@ def model_card(
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"code": code, "quoted": lambda text: Markdown(json.dumps(text)), "plain": Markdown}
+    environment.filters |= {
+        "code": code,
+        "quoted": lambda text: Markdown(json.dumps(text)),
+        "plain": lambda value: Markdown("-" if value is None else value),
+        "number": lambda value, form: "-" if value is None else form.format(value),
+    }
     text = environment.get_template(_TEMPLATE).render(
         run=run,
         data=public_recipe(run).get("data", {}).get("source"),
@@ -82,6 +87,7 @@ def model_card(
         merged=merged,
         budgets=_budgets(run),
         full=_full_bytes(evaluation),
+        extra="gap closed [95%]" if evaluation and any(row.gap_closed for row in evaluation.rows) else "fact match",
         settings=Markdown(yaml.safe_dump(public_recipe(run), sort_keys=False, width=1000).strip()),
     )
     card = ModelCard(f"---\n{data.to_yaml()}\n---\n{text}")
@@ -95,7 +101,7 @@ def _results(row: Row) -> list[EvalResult]:
     """A row as entries of the card's `model-index`."""
     arguments = {"cache": row.cache, "policy": row.policy, "budget": row.budget, "n": row.n, "seed": row.seed}
     measured = {
-        "exact_match": (row.exact_match.value, {"low": row.exact_match.low, "high": row.exact_match.high}),
+        row.metric: (row.exact_match.value, {"low": row.exact_match.low, "high": row.exact_match.high}),
         **({} if row.fact_match is None else {"fact_match": (row.fact_match, {})}),
     }
     return [
@@ -112,7 +118,7 @@ def _results(row: Row) -> list[EvalResult]:
     ]
 
 
-def _full_bytes(evaluation: Evaluation | None) -> dict[tuple[str, str | None], float]:
+def _full_bytes(evaluation: Evaluation | None) -> dict[tuple[str, str | None], float | None]:
     """By (model, task), the peak bytes of the full cache."""
     rows = evaluation.rows if evaluation else []
     return {(row.model, row.task): row.peak_kv_bytes for row in rows if row.cache == "full"}

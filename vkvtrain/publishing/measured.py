@@ -24,12 +24,17 @@ class Interval(BaseModel):
 
 
 class Row(BaseModel):
-    """One model under one cache on one task; further columns of a results file are left out."""
+    """One model under one cache on one task; what was not recorded is None.
+
+    Further columns of a results file are left out.
+    """
 
     model_config = ConfigDict(frozen=True)
 
     model: str
     task: str | None = None
+    metric: str = "exact_match"
+    """What `exact_match` is called by the task."""
     cache: str = Field(pattern="^(full|evicted)$")
     policy: str
     budget: int | None = None
@@ -40,11 +45,13 @@ class Row(BaseModel):
     seed: int | None = None
     exact_match: Interval
     fact_match: float | None = None
-    tokens: float
-    looping_or_cut_off: float
-    peak_kv_bytes: float
+    gap_closed: Interval | None = None
+    """Share of the untrained model's loss to eviction that is won back."""
+    tokens: float | None = None
+    looping_or_cut_off: float | None = None
+    peak_kv_bytes: float | None = None
     """Per sequence."""
-    evictions: float
+    evictions: float | None = None
 
     @property
     def setting(self) -> str:
@@ -57,11 +64,28 @@ class Row(BaseModel):
 
 
 @dataclass(frozen=True)
+class Comparison:
+    """The model to publish less one of its controls, on the same problems."""
+
+    task: str
+    cache: str
+    kind: str
+    """What it is compared with."""
+    problems: int
+    difference: Interval
+    p: float
+    """Adjusted for the number of comparisons."""
+
+
+@dataclass(frozen=True)
 class Evaluation:
-    """The rows of a results file, and which of its models is the one to publish."""
+    """What was measured, and which of its models is the one to publish."""
 
     rows: Sequence[Row]
     model: str
+    comparisons: Sequence[Comparison] = ()
+    unfinished: Sequence[str] = ()
+    """What was planned and has not been measured."""
 
     @property
     def own(self) -> list[Row]:
@@ -70,20 +94,24 @@ class Evaluation:
 
     def missing_controls(self) -> list[str]:
         """The comparisons that a claim about eviction needs and that were not measured."""
-        wanted: list[tuple[str, str, str | None, int | None]] = []
+        wanted: list[tuple[str, str, str | None, str, int | None]] = []
         for task in dict.fromkeys(row.task for row in self.own):
             evicted = [row for row in self.own if row.cache == "evicted" and row.task == task]
             if evicted:
-                wanted.append(("base", "full", task, None))
-            wanted += [(who, "evicted", task, row.budget) for row in evicted for who in ("base", "dense")]
+                wanted.append(("base", "full", task, "full", None))
+            wanted += [(who, "evicted", task, row.policy, row.budget) for row in evicted for who in ("base", "dense")]
         missing = []
-        for who, cache, task, budget in wanted:
+        for who, cache, task, policy, budget in wanted:
             there = any(
-                row.model.startswith(who) and row.cache == cache and row.task == task and row.budget == budget
+                row.model.startswith(who)
+                and row.cache == cache
+                and row.task == task
+                and row.policy == policy
+                and row.budget == budget
                 for row in self.rows
             )
             name = {"base": "the base model", "dense": "a dense-trained adapter on the same data"}[who]
-            where = "with the full cache" if cache == "full" else f"evicted at budget {budget}"
+            where = "with the full cache" if cache == "full" else f"evicted by {policy} at budget {budget}"
             if not there:
                 missing.append(f"{name} {where}")
         return missing

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from passes import decode, held_at, left_padded, simulate, tiny_model
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vkvtrain import EvictionCache, EvictionConfig
 from vkvtrain.events import evictions_by, peak_entries
@@ -203,3 +204,36 @@ def test_another_attention_is_an_error():
     model.set_attn_implementation("sdpa")
     with pytest.raises(ValueError, match="did not go through vkvtrain"):
         model(input_ids=IDS, past_key_values=cache)
+
+
+class Reads(TorchDispatchMode):
+    """Counts what waits for a device: reads of a tensor's value, and operations whose shape depends on values."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = str(func)
+        self.count += any(part in name for part in ("_local_scalar_dense", "nonzero", "masked_select", "aten.equal"))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("policy", ["vase_attnv", "h2o", "rkv", "vase_dkv"])
+def test_a_decode_step_waits_for_no_device(policy):
+    """Steps with and without events, rows at different lengths: nothing is read back."""
+    config = CONFIG.model_copy(update={"policy": policy})
+    model = tiny_model()
+    cache = EvictionCache(config, model.config)
+    ids, mask = left_padded([[5, 6, 7], [8] * 18, [9] * 9])
+    with torch.no_grad():
+        model(
+            input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0), past_key_values=cache
+        )
+        with Reads() as reads:
+            assert torch.ones(1).item() == 1
+            for step in range(20):
+                position = torch.tensor([[3 + step], [18 + step], [9 + step]])
+                model(input_ids=ids[:, -1:], position_ids=position, past_key_values=cache)
+    assert min(row["evictions"] for row in cache.stats()) >= 1
+    assert reads.count == 1  # our own

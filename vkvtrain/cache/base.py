@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+from vkvtrain.cache.step import Counters, Step
 from vkvtrain.config import EvictionConfig
 from vkvtrain.logits import LogitForm
 from vkvtrain.noise import Stream, stream_key
@@ -30,6 +31,8 @@ class Shared:
         self.awaiting: int | None = None
         self._index: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
         self._lengths: list[tuple[Tensor, list[int]]] = []
+        self._unpadded: list[Tensor] = []
+        self._steps: list[Step] = []
 
     def index(self, values: Sequence[int], device: torch.device) -> Tensor:
         """Python ints as an int64 tensor; the layers of a step ask for the same ones, which are copied once."""
@@ -55,6 +58,24 @@ class Shared:
             self._lengths = [*self._lengths[-1:], (mask, known)]  # of full layers and of sliding ones
         return known
 
+    def step(self, before: Counters, new: int, device: torch.device, evicts: bool) -> Step:
+        """What a forward of `new` tokens a row does; layers that count alike are given the same one."""
+        budget = self.config.budget if evicts else None
+        for step in self._steps:
+            if step.new == new and step.device == device and step.evicts == evicts and step.before == before:
+                return step
+        step = Step(before, new, device, self.config.window, budget)
+        self._steps = [*self._steps[-3:], step]
+        return step
+
+    def refuse_padding(self, mask: Tensor | None, new: int) -> None:
+        """Raise ValueError for padding among tokens that continue a sequence; one transfer for each mask."""
+        if mask is None or any(mask is other for other in self._unpadded):
+            return
+        if not bool(mask[:, 0, -1, -new:].all()):
+            raise ValueError("padding among tokens that continue a sequence: continue rows with equally many tokens")
+        self._unpadded = [*self._unpadded[-1:], mask]  # of full layers and of sliding ones
+
     def keys(self, rows: int) -> list[tuple[int, int]]:
         """The Philox key of each row; several rows per stream are repeats of it."""
         streams = range(rows) if self.streams is None else self.streams
@@ -74,10 +95,9 @@ class RowLayer(CacheLayerMixin):
     is_croppable = False
     is_sliding = False
     supports_early_init = False
+    evicts = False
     stored: ClassVar[tuple[str, ...]]
     """Tensors whose first dimension is the row."""
-    counted: ClassVar[tuple[str, ...]]
-    """Lists with an integer for each row."""
 
     def __init__(self, shared: Shared, index: int) -> None:
         super().__init__()
@@ -89,11 +109,9 @@ class RowLayer(CacheLayerMixin):
         """Forget the sequences."""
         for name in self.stored:
             setattr(self, name, None)
-        for name in self.counted:
-            setattr(self, name, [])
         self.is_initialized = False
         self.columns = 0
-        self.seen: list[int] = []
+        self.counters = Counters.of_prompts([])
 
     # What transformers asks of a layer
 
@@ -124,10 +142,10 @@ class RowLayer(CacheLayerMixin):
         if not self.is_initialized:
             keys, values = key_states.view(key_states.shape), value_states
         else:
-            if rows != len(self.seen):
+            if rows != len(self.counters.seen):
                 raise ValueError(
-                    f"this EvictionCache holds {len(self.seen)} rows and was given {rows}: make a new cache, or call "
-                    "cache.reset(streams=...) to start afresh"
+                    f"this EvictionCache holds {len(self.counters.seen)} rows and was given {rows}: make a new cache, "
+                    "or call cache.reset(streams=...) to start afresh"
                 )
             keys, values = self.append(key_states, value_states)
         setattr(keys, _LAYER, self)
@@ -172,11 +190,6 @@ class RowLayer(CacheLayerMixin):
         assert self.values is not None
         return self.keys.shape[1] * (self.keys.shape[3] + self.values.shape[3]) * self.keys.element_size()
 
-    def refuse_padding(self, mask: Tensor | None, new: int) -> None:
-        """Raise ValueError for padding among tokens that continue a sequence."""
-        if mask is not None and not bool(mask[:, 0, -1, -new:].all()):
-            raise ValueError("padding among tokens that continue a sequence: continue rows with equally many tokens")
-
     # Rows that come and go, for continuous batching
 
     def match_storage(self, layers: "Sequence[RowLayer]") -> None:
@@ -188,8 +201,7 @@ class RowLayer(CacheLayerMixin):
         for name in self.stored:
             tensors = [getattr(source, name) for source in sources]
             setattr(self, name, None if tensors[0] is None else torch.cat(tensors))
-        for name in self.counted:
-            setattr(self, name, [count for source in sources for count in getattr(source, name)])
+        self.counters = Counters.join([source.counters for source in sources])
         self.columns = max(source.columns for source in sources)
         self.is_initialized = True
 
@@ -199,8 +211,7 @@ class RowLayer(CacheLayerMixin):
         for name in self.stored:
             if getattr(self, name) is not None:
                 getattr(self, name)[row] = getattr(source, name)[0]
-        for name in self.counted:
-            getattr(self, name)[row] = getattr(source, name)[0]
+        self.counters = self.counters.replace_row(row, source.counters)
 
     def keep_rows(self, rows: Sequence[int]) -> None:
         """Drop all rows but these."""
@@ -208,5 +219,4 @@ class RowLayer(CacheLayerMixin):
             tensor = getattr(self, name)
             if tensor is not None:
                 setattr(self, name, tensor[self.shared.index(rows, tensor.device)])
-        for name in self.counted:
-            setattr(self, name, [getattr(self, name)[row] for row in rows])
+        self.counters = self.counters.keep(rows)

@@ -68,23 +68,24 @@ class EvictionCache(Cache):
             raise ValueError(f"layer {layer} keeps its own sliding window and evicts nothing: ask for another layer")
         if held.entry_positions is None:
             raise ValueError("the cache is empty: pass it to generate or to the model first")
-        return held.entry_positions[row, :, : held.live[row]].clone()
+        return held.entry_positions[row, :, : held.counters.live[row]].clone()
 
     def stats(self) -> list[dict[str, int]]:
         """Of each row: evictions, entries held and most ever held per KV head of an evicting layer, and their bytes.
 
         Bytes are of all layers, each row's own tokens alone; sliding-window layers count what their window holds.
         """
-        evicting = [layer for layer in self._row_layers() if isinstance(layer, EvictionLayer)]
-        first = next((layer for layer in evicting if layer.selector is not None), evicting[0])
+        layers = self._row_layers()
+        first = max(layers, key=lambda layer: (layer.evicts, isinstance(layer, EvictionLayer)))
         rows = []
-        for row in range(len(first.live)):
-            held, peak = zip(*(layer.held_bytes(row) for layer in self._row_layers()), strict=True)
+        for row in range(len(first.counters.seen)):
+            held, peak = zip(*(layer.held_bytes(row) for layer in layers), strict=True)
+            entries, most = (count // first.entry_bytes() for count in first.held_bytes(row))
             rows.append(
                 {
-                    "evictions": first.events[row],
-                    "live_entries": first.live[row],
-                    "peak_entries": first.peak[row],
+                    "evictions": first.counters.events[row],
+                    "live_entries": entries,
+                    "peak_entries": most,
                     "bytes": sum(held),
                     "peak_bytes": sum(peak),
                 }

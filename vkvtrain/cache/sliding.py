@@ -1,11 +1,10 @@
 """A layer with a sliding window of its own: the newest W tokens of each row in a ring. Nothing is chosen here."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from vkvtrain.cache.base import RowLayer, Shared
+from vkvtrain.cache.step import Counters, Ring, Step
 from vkvtrain.logits import LogitForm, attend
 
 
@@ -16,11 +15,16 @@ class SlidingLayer(RowLayer):
 
     is_sliding = True
     stored = ("keys", "values")
-    counted = ("seen",)
 
     def __init__(self, shared: Shared, index: int, window: int) -> None:
         super().__init__(shared, index)
         self.window = window
+
+    def reset(self) -> None:
+        """Forget the sequences."""
+        super().reset()
+        self.step: Step | None = None
+        """What is under way, from `update` to the end of `attend`."""
 
     def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """One token is stored at once, over the oldest; a chunk attends to the ring and to itself before."""
@@ -28,11 +32,12 @@ class SlidingLayer(RowLayer):
         assert self.values is not None
         new = key.shape[2]
         self.columns += new
+        self.step = self.shared.step(self.counters, new, key.device, evicts=False)
         if new > 1:
             return torch.cat([self.keys, key], dim=2), torch.cat([self.values, value], dim=2)
-        self._store(key, value)
-        filled = min(max(self.seen), self.window)
-        return self.keys[:, :, :filled], self.values[:, :, :filled]
+        ring = self.step.ring(self.window)
+        self._store(key, value, ring)
+        return self.keys[:, :, : ring.filled], self.values[:, :, : ring.filled]
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, form: LogitForm) -> Tensor:
         new = query.shape[2]
@@ -41,19 +46,18 @@ class SlidingLayer(RowLayer):
             out = attend(query, key, value, form, mask, is_causal=mask is None)
             self._take_prompt(key, value, mask)
             return out.transpose(1, 2)
-        self.refuse_padding(mask, new)
-        device = key.device
-        if new == 1:
-            seen = self.shared.index(self.seen, device)[:, None, None, None]
-            every = min(self.seen) >= key.shape[2]
-            visible = None if every else torch.arange(key.shape[2], device=device) < seen
-            return attend(query, key, value, form, visible).transpose(1, 2)
-        out = attend(query, key, value, form, self._visible_to_chunk(new, device))
-        self._store(key[:, :, self.window :], value[:, :, self.window :])
+        self.shared.refuse_padding(mask, new)
+        assert self.step is not None
+        step, self.step = self.step, None
+        ring = step.ring(self.window)
+        out = attend(query, key, value, form, ring.visible if new == 1 else ring.visible_to_chunk)
+        if new > 1:
+            self._store(key[:, :, self.window :], value[:, :, self.window :], ring)
+        self.counters = step.after
         return out.transpose(1, 2)
 
     def held_bytes(self, row: int) -> tuple[int, int]:
-        held = min(self.seen[row], self.window) * self.entry_bytes()
+        held = min(self.counters.seen[row], self.window) * self.entry_bytes()
         return held, held
 
     def _take_prompt(self, key: Tensor, value: Tensor, mask: Tensor | None) -> None:
@@ -64,33 +68,17 @@ class SlidingLayer(RowLayer):
         self.values = value.new_zeros(rows, heads, self.window, value.shape[-1])
         self.columns = width
         self.is_initialized = True
-        self.seen = [0] * rows
+        self.counters = Counters.of_prompts(lengths)
         for row, length in enumerate(lengths):
-            self._store(key[row : row + 1, :, width - length :], value[row : row + 1, :, width - length :], [row])
+            newest = min(length, self.window)
+            slot = torch.arange(length - newest, length, device=key.device) % self.window
+            self.keys[row, :, slot] = key[row, :, width - newest :]
+            self.values[row, :, slot] = value[row, :, width - newest :]
 
-    def _store(self, key: Tensor, value: Tensor, rows: Sequence[int] | None = None) -> None:
-        """Write tokens that follow those seen into the ring, [rows, Hkv, q, D]."""
+    def _store(self, key: Tensor, value: Tensor, ring: Ring) -> None:
+        """Write the newest tokens into the ring, [rows, Hkv, q, D]."""
         assert self.keys is not None
         assert self.values is not None
-        rows = range(len(self.seen)) if rows is None else rows
-        device, new = key.device, key.shape[2]
-        kept = min(new, self.window)
-        row = self.shared.index(rows, device)[:, None]
-        first = self.shared.index([self.seen[r] + new - kept for r in rows], device)[:, None]
-        slot = (first + torch.arange(kept, device=device)) % self.window
-        self.keys[row, :, slot] = key[:, :, new - kept :].transpose(1, 2)
-        self.values[row, :, slot] = value[:, :, new - kept :].transpose(1, 2)
-        for r in rows:
-            self.seen[r] += new
-
-    def _visible_to_chunk(self, new: int, device: torch.device) -> Tensor:
-        """What each token of a chunk sees of the ring and of the chunk, bool [rows, 1, new, W + new]."""
-        seen = self.shared.index(self.seen, device)[:, None]
-        slot = torch.arange(self.window, device=device)
-        age = (seen - 1 - slot) % self.window
-        ring = torch.where(
-            age < seen, seen - 1 - age, -self.window
-        )  # positions; what was never written is out of reach
-        own = seen + torch.arange(new, device=device)
-        distance = own[:, :, None] - torch.cat([ring, own], dim=1)[:, None]
-        return ((distance >= 0) & (distance < self.window))[:, None]
+        for storage, new in ((self.keys, key), (self.values, value)):
+            newest = new[:, :, -self.window :]
+            storage.scatter_(2, ring.slot.expand(newest.shape), newest)

@@ -177,7 +177,8 @@ class _Layer:
         if real is not None:
             gradient = torch.where(real, gradient, 0.0)
         if self.takes_products(call):
-            *found, of_sinks = products.gradients(products.segment(*inputs, self.form), gradient, self.form)
+            segment = products.segment(inputs[0], inputs[1], inputs[2], self.form)
+            *found, of_sinks = products.gradients(segment, gradient, self.form)
         else:
             sinks = self.form.sinks
             leaves = [*inputs] if sinks is None else [*inputs, sinks.detach()]

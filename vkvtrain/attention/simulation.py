@@ -16,17 +16,16 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from vkvtrain.attention import reference, segments, sliding
+from vkvtrain.attention import reference, sliding
+from vkvtrain.attention.backends import BACKENDS, attend, attend_and_decide, resolve
 from vkvtrain.attention.packing import Layout, checked_documents
 from vkvtrain.config import EvictionConfig
 from vkvtrain.events import Chunks, normalise_chunks
-from vkvtrain.lifetimes import Plan, Row, lifetimes, make_plan, never_evicted
+from vkvtrain.lifetimes import Plan, Row, make_plan, never_evicted
 from vkvtrain.logits import LogitForm
 from vkvtrain.noise import Stream, stream_key
 from vkvtrain.selection import Selector
 from vkvtrain.support import LayerKind, check_attention, layer_kinds
-
-BACKENDS = {"reference": reference.attend, "segments": segments.attend}
 
 _simulations: "WeakKeyDictionary[nn.Module, Trace]" = WeakKeyDictionary()
 """The simulation that each attention module is in, or was in when it last ran."""
@@ -72,7 +71,7 @@ class Trace:
         evict_at: of each layer that has run, int64 [B, Hkv, S]: the first query position that no longer sees the key;
             S + 1 where never, 0 at padding. Of a packed batch [documents, Hkv, longest document], positions within the
             document.
-        backend: the attention backend in use.
+        backend: the attention backend in use; what `auto` stands for is known once a layer has run.
         closed: whether the block has been left.
     """
 
@@ -144,32 +143,25 @@ class Trace:
     ) -> Tensor:
         """The same for one sequence a row."""
         kind = self._kinds[layer]
+        self.backend = resolve(self.backend, query, value)
         if self.is_suspended or not kind.evicts:
             plan = plan.without_events()
         if self.is_suspended:
             evict_at = never_evicted(plan, key.shape[1])
         elif layer in self.evict_at:
             evict_at = self.evict_at[layer]
-        elif self._selector is not None and kind.evicts and self._fuses(key.device):
-            out, self.evict_at[layer] = segments.attend_and_decide(query, key, value, plan, self._selector, layer, form)
+        elif kind.evicts:
+            assert self._selector is not None
+            out, self.evict_at[layer] = attend_and_decide(
+                self.backend, query, key, value, plan, self._selector, layer, form
+            )
             return out
         else:
-            evict_at = self.evict_at[layer] = self._decide(layer, query, key, value, plan, form)
+            evict_at = self.evict_at[layer] = never_evicted(plan, key.shape[1])
         if kind.sliding_window is not None:
-            attend = reference.attend_sliding if self.backend == "reference" else sliding.attend
-            return attend(query, key, value, kind.sliding_window, plan, form)
-        return BACKENDS[self.backend](query, key, value, evict_at, plan, form)
-
-    def _fuses(self, device: torch.device) -> bool:
-        """Whether the events are walked by the attention itself."""
-        assert self._selector is not None
-        return self.backend == "segments" and segments.can_decide(self._selector, device)
-
-    def _decide(self, layer: int, query: Tensor, key: Tensor, value: Tensor, plan: Plan, form: LogitForm) -> Tensor:
-        if not self._kinds[layer].evicts:
-            return never_evicted(plan, key.shape[1])
-        assert self._selector is not None
-        return lifetimes(query, key, value, plan, self._selector, layer, form)
+            of_window = reference.attend_sliding if self.backend == "reference" else sliding.attend
+            return of_window(query, key, value, kind.sliding_window, plan, form)
+        return attend(self.backend, query, key, value, evict_at, plan, form)
 
     def _plan_of(
         self, mask: Tensor | None, rows: int, width: int, device: torch.device
@@ -242,7 +234,7 @@ def simulated_eviction(
         prompt_lengths: of each row the length of its prompt, or a list of (start, end) chunks that decoding would
             append without eviction.
         streams: names each row's randomness, ints or tuples of ints; default 0, 1, ...
-        backend: `segments`, `reference`, or `auto` (the fastest here; never `reference`).
+        backend: `segments`, `flex`, `reference`, or `auto` (`flex` on a GPU that can, else `segments`).
         documents: of each row the token lengths of the documents packed into it, in order, such as [[12, 9], [30]];
             `prompt_lengths` and `streams` then have one entry for each document. Documents do not see each other, and
             each is evicted as if it were alone. The caller's position_ids start again at 0 in each document.
@@ -276,7 +268,7 @@ def simulated_eviction(
         outer = _simulations.get(module)
         if outer is not None and not outer.closed:
             raise RuntimeError("the model is in a simulated_eviction block already: leave that one first")
-    trace = Trace(config, kinds, prompts, streams, "segments" if backend == "auto" else backend, documents)
+    trace = Trace(config, kinds, prompts, streams, backend, documents)
     configs = {id(module.config): module.config for module in modules}  # kept alive by the modules
     _simulations.update(dict.fromkeys(modules, trace))
     _by_config.update(dict.fromkeys(configs, trace))

@@ -137,7 +137,7 @@ def step(source, tmp_path, dense, objective, **data):
 
     optimizer = Recorder([weight for weight in model.parameters() if weight.requires_grad], lr=1.0)
     wrapped = ModelWithLoss(model, recipe.training).train()
-    logged = train_step(Run(recipe, accelerator, wrapped, optimizer, None, rows, tokenizer, Watch(40)))
+    logged, _ = train_step(Run(recipe, accelerator, wrapped, optimizer, None, rows, tokenizer, Watch(40)))
     return logged, gradients, step_batches(recipe, rows.train, 0, 0, 1, 0, CPU)
 
 

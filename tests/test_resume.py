@@ -378,7 +378,7 @@ def test_a_failed_run_names_its_samples_and_saves_the_state_before(tmp_path, mon
     monkeypatch.setattr(ModelWithLoss, "forward", broken)
     monkeypatch.setattr(loop, "step_eviction", noted)
     with pytest.raises(
-        Failed, match=r"the loss of step 4 is nan; samples \[\d+, \d+, \d+\].*state before it: checkpoints/step-0+3$"
+        Failed, match=r"step 4: the loss is nan; samples \[\d+, \d+, \d+\].*state before it: checkpoints/step-0+3$"
     ):
         train(settings)
     assert newest_checkpoint(settings.output).name == "step-00000003"
@@ -387,12 +387,13 @@ def test_a_failed_run_names_its_samples_and_saves_the_state_before(tmp_path, mon
 
 def test_what_divergence_is():
     watch = Watch(vocabulary=100)
-    assert [watch.problem(loss) for loss in [1.0, 20.0] + [9.0] * 50] == [None] * 52  # twice guessing is 9.21
-    assert [watch.problem(9.3) for _ in range(PATIENCE - 1)] == [None] * (PATIENCE - 1)
+    assert [watch.problem(loss, 1.0) for loss in [1.0, 20.0] + [9.0] * 50] == [None] * 52  # twice guessing is 9.21
+    assert [watch.problem(9.3, 1.0) for _ in range(PATIENCE - 1)] == [None] * (PATIENCE - 1)
     again = Watch(vocabulary=100)
     again.load(watch.state())
     for one in (watch, again):
-        assert f"above 9.21 for {PATIENCE} steps" in one.problem(9.3)
-    assert Watch(100).problem(float("inf")) == "is inf"
+        assert f"above 9.21 for {PATIENCE} steps" in one.problem(9.3, 1.0)
+    assert Watch(100).problem(float("inf"), 1.0) == "the loss is inf"
+    assert Watch(100).problem(1.0, float("nan")) == "the gradient norm is nan"
     high = Watch(100)
-    assert all(high.problem(20.0) is None for _ in range(50))  # it began there
+    assert all(high.problem(20.0, 1.0) is None for _ in range(50))  # it began there

@@ -47,6 +47,12 @@ def is_deepspeed(accelerator: Accelerator) -> bool:
     return accelerator.distributed_type == DistributedType.DEEPSPEED
 
 
+def shards_weights(accelerator: Accelerator) -> bool:
+    """Whether no process holds the whole model: FSDP and ZeRO-3."""
+    plugin = accelerator.state.deepspeed_plugin if is_deepspeed(accelerator) else None
+    return accelerator.distributed_type == DistributedType.FSDP or (plugin is not None and plugin.zero_stage == 3)
+
+
 @contextmanager
 def accumulating(accelerator: Accelerator, model: Any, last: bool) -> Iterator[None]:
     """A backward pass of which gradients are exchanged only if it is the step's last."""
@@ -109,12 +115,13 @@ def restore_moments(
         weights, moments: what `gather_weights` and `gather_moments` gave.
         step: steps that they were taken after.
     """
-    inner = optimizer.optimizer.optimizer if is_deepspeed(accelerator) else optimizer.optimizer
-    for weight in (weight for group in inner.param_groups for weight in group["params"]):
+    deepspeed = optimizer.optimizer if is_deepspeed(accelerator) else None
+    inner = optimizer.optimizer if deepspeed is None else deepspeed.optimizer
+    for weight in trained(model).values() if deepspeed is None else _flat_weights(deepspeed):
         fresh = {moment: torch.zeros_like(weight, requires_grad=False) for moment in MOMENTS}
         inner.state[weight] = {"step": torch.tensor(float(step)), **fresh}
-    if is_deepspeed(accelerator):
-        _restore_deepspeed(model, optimizer.optimizer, weights, moments)
+    if deepspeed is not None:
+        _restore_deepspeed(model, deepspeed, weights, moments)
         return
     for name, weight in trained(model).items():
         for moment in MOMENTS:
@@ -124,13 +131,22 @@ def restore_moments(
             into.copy_(value)
 
 
-def _restore_deepspeed(model: Any, engine: Any, weights: dict[str, Tensor], moments: dict[str, Tensor]) -> None:
+def _flat_weights(deepspeed: Any) -> list[Tensor]:
+    """This process's parts of the float32 copies of the weights, for which DeepSpeed's optimiser has its state."""
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+
+    if isinstance(deepspeed, DeepSpeedZeroOptimizer_Stage3):
+        return deepspeed.fp32_partitioned_groups_flat
+    return deepspeed.single_partition_of_fp32_groups
+
+
+def _restore_deepspeed(model: Any, deepspeed: Any, weights: dict[str, Tensor], moments: dict[str, Tensor]) -> None:
     """Its optimiser works on flat float32 copies of the weights, which may be finer than what the model holds."""
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
-    if isinstance(engine, DeepSpeedZeroOptimizer):
-        engine._lazy_init_hp_params_optimizer_state()  # it does so itself only after a first step
+    if isinstance(deepspeed, DeepSpeedZeroOptimizer):
+        deepspeed._lazy_init_hp_params_optimizer_state()  # it does so itself only after a first step
     for name, weight in trained(model).items():
         safe_set_full_fp32_param(weight, weights[name])
         for moment in MOMENTS:

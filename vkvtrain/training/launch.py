@@ -1,14 +1,16 @@
-"""How many processes a run was launched with, and how many it has.
+"""What a run was launched as, and what it is.
 
-Some launch configurations start one process, or several that do not know of each other, without a word; a run then
-trains something else than its plan says. Knows launchers; knows nothing of models.
+Some launch configurations start one process, or several that do not know of each other, or DDP instead of FSDP, without
+a word; a run then trains something else than its plan says. Knows launchers; knows nothing of models.
 """
 
 import os
 
 import psutil
+from accelerate import Accelerator
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 from accelerate.commands.launch import launch_command_parser
+from accelerate.utils import DistributedType
 
 from vkvtrain.training.settings import Recipe
 
@@ -56,3 +58,21 @@ def check_world_size(recipe: Recipe, processes: int) -> None:
         )
     if batch % processes:
         raise ValueError(f"training.global_batch ({batch}) must be a multiple of the {processes} processes")
+
+
+def check_engine(accelerator: Accelerator) -> None:
+    """Raise ValueError if this run has not the engine that was asked for, or one that is not supported."""
+    for variable, name, engine in (
+        ("ACCELERATE_USE_FSDP", "FSDP", DistributedType.FSDP),
+        ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed", DistributedType.DEEPSPEED),
+    ):
+        if os.environ.get(variable, "false").lower() == "true" and accelerator.distributed_type != engine:
+            raise ValueError(
+                f"the launcher was asked for {name} but this run has {accelerator.distributed_type.value} (accelerate "
+                "shards on GPUs only): use accelerate_configs/multi_gpu.yaml, or CPU processes with "
+                "ACCELERATE_USE_CPU=true torchrun --nproc_per_node"
+            )
+    if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
+        raise ValueError("FSDP version 1 is not supported: set fsdp_version: 2, as accelerate_configs/fsdp2.yaml does")
+    if accelerator.mixed_precision == "fp16":
+        raise ValueError("mixed_precision fp16 is not supported: use bf16, or 'no' with model.dtype bfloat16")

@@ -5,6 +5,7 @@ the noise and the dropout all follow from (recipe, step), so a run can be cut at
 objective, log and run directory each have their module.
 """
 
+import resource
 import signal
 import time
 from typing import Any
@@ -18,15 +19,17 @@ from vkvtrain.config import EvictionConfig
 from vkvtrain.training.checkpoints import Checkpoint
 from vkvtrain.training.data import Batch, TrainingData, in_batches, load_data, step_batches, step_rows
 from vkvtrain.training.engines import accumulating, gather_weights, make_accelerator, restore_weights
-from vkvtrain.training.held_out import held_out_losses
+from vkvtrain.training.generated import check_generated, generated
+from vkvtrain.training.held_out import held_out_losses, losses
 from vkvtrain.training.interrupts import Interrupt, Interrupted, interruptible
-from vkvtrain.training.launch import asked_processes, check_world_size
+from vkvtrain.training.launch import asked_processes, check_engine, check_world_size
 from vkvtrain.training.logs import Log, trackers
 from vkvtrain.training.models import check_model, load_model, load_tokenizer
 from vkvtrain.training.objectives import ModelWithLoss
 from vkvtrain.training.on_policy import Rollout, check_on_policy, log_ratios, roll_out
 from vkvtrain.training.passes import simulation, what_happened
 from vkvtrain.training.plan import plan
+from vkvtrain.training.report import REPORT, write_report
 from vkvtrain.training.resume import checkpoint_to_continue, restore_run, save_run
 from vkvtrain.training.run import Run
 from vkvtrain.training.run_directory import check_output, finish_run, start_run
@@ -54,11 +57,14 @@ def train(recipe: Recipe, dry_run: bool = False, overwrite: bool = False) -> Non
     check_output(recipe.output, overwrite)
     accelerator = make_accelerator(recipe, trackers(recipe.log))
     check_world_size(recipe, accelerator.num_processes)
+    check_engine(accelerator)
     check_model(recipe)
     check_on_policy(recipe, accelerator)
+    check_generated(recipe, accelerator)
     set_seed(recipe.seed)
     tokenizer = load_tokenizer(recipe)
     data = load_data(recipe.data, tokenizer, progress=accelerator.is_main_process)
+    check_loss_masks(data)
     checkpoint = None if dry_run else checkpoint_to_continue(recipe, data, accelerator, overwrite)
     model = load_model(recipe)
     if accelerator.is_main_process:
@@ -74,12 +80,24 @@ def train(recipe: Recipe, dry_run: bool = False, overwrite: bool = False) -> Non
     try:
         with interruptible() as interrupt:
             optimise(run, log, interrupt)
+        weights = gather_weights(accelerator, run.adapted)
     finally:
         log.close()
-    weights = gather_weights(accelerator, run.adapted)
     if accelerator.is_main_process:
         finish_run(recipe, run.adapted, weights, tokenizer)
-        print(f"adapter written to {recipe.output}")
+        write_report(recipe)
+        print(f"adapter written to {recipe.output}, with {REPORT}")
+
+
+def check_loss_masks(data: TrainingData) -> None:
+    """Raise ValueError for rows without a token to learn from, whose loss mask would be all zero."""
+    empty = [row.index for row in (*data.train, *data.held_out) if not row.response_length]
+    if empty:
+        shown = ", ".join(map(str, empty[:10])) + (", ..." if len(empty) > 10 else "")
+        raise ValueError(
+            f"{len(empty)} rows have no response token, so their loss mask is all zero (rows {shown}): leave them out "
+            "of data.source"
+        )
 
 
 def optimise(run: Run, log: Log, interrupt: Interrupt) -> None:
@@ -125,18 +143,29 @@ def prepare(
 
 
 def next_step(run: Run) -> dict[str, Any]:
-    """The next step, learning rate, clock and held-out losses included; returns its row of the log."""
+    """The next step with learning rate, clock, memory and what is only looked at now and then; returns its log row."""
     recipe, began = run.recipe, time.monotonic()
     # dropout is a function of the step and the rank, so a resumed run draws what one never stopped would have drawn
     set_seed(recipe.seed + 1_000_003 * (run.step + 1) + run.accelerator.process_index)
-    row = train_step(run)
+    row, batches = train_step(run)
     row |= {"step": run.step + 1, "learning_rate": run.scheduler.get_last_lr()[0]}
     run.scheduler.step()
     run.step += 1
     row["tokens_per_second"] = round(row.pop("tokens") / (time.monotonic() - began))
+    row["peak_memory_gib"] = round(peak_memory(), 3)
     if run.data.held_out and (run.step % recipe.log.evaluate_every == 0 or run.step == recipe.training.steps):
-        row |= held_out_losses(recipe, run.accelerator, run.model, run.data.held_out, run.pad)
+        row |= held_out_losses(run) | losses(run, [(batches[0], True)], "train")
+    every = recipe.log.generate_every
+    if every is not None and (run.step % every == 0 or run.step == recipe.training.steps):
+        row |= generated(run)
     return row
+
+
+def peak_memory() -> float:
+    """Most memory that this process has had so far, in GiB: of the GPU, or else of the machine."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def over_processes(accelerator: Accelerator, values: torch.Tensor) -> torch.Tensor:
@@ -157,8 +186,8 @@ def batches_of_step(run: Run, config: EvictionConfig | None) -> tuple[list[Batch
     return in_batches(rows, recipe.training.batch_per_device, run.pad, accelerator.device), rollouts
 
 
-def train_step(run: Run) -> dict[str, Any]:
-    """The gradient of the global batch and one update of the adapter; returns what is logged of it."""
+def train_step(run: Run) -> tuple[dict[str, Any], list[Batch]]:
+    """The gradient of the global batch and one update of the adapter; what is logged of it, and its batches here."""
     recipe, accelerator, model = run.recipe, run.accelerator, run.model
     config = step_eviction(recipe, run.step)
     batches, rollouts = batches_of_step(run, config)
@@ -170,23 +199,23 @@ def train_step(run: Run) -> dict[str, Any]:
     for number, batch in enumerate(batches):
         last = number + 1 == len(batches)
         with accumulating(accelerator, model, last), simulation(model, config, batch) as trace:
-            losses = model(batch, trace)
+            summed = model(batch, trace)
             # gradients are averaged over processes: divide by the mean token count, not by this process's own
-            accelerator.backward(losses["loss"] * accelerator.num_processes / targets)
-        parts += torch.stack([losses[name].detach().float() for name in PARTS]) / targets
-        log_probs.append(losses["log_probs"].detach())
+            accelerator.backward(summed["loss"] * accelerator.num_processes / targets)
+        parts += torch.stack([summed[name].detach().float() for name in PARTS]) / targets
+        log_probs.append(summed["log_probs"].detach())
         if trace is not None:
             share = len(batch.streams) / len(samples)
             seen += torch.tensor(what_happened(trace, batch), device=accelerator.device) * share
     means = dict(zip(PARTS, over_processes(accelerator, parts).tolist(), strict=True))
     total = means["loss"]
-    problem = run.watch.problem(total)
+    norm: Any = accelerator.clip_grad_norm_(model.parameters(), recipe.optim.max_grad_norm)
+    problem = run.watch.problem(total, float(norm))
     if problem is not None:
         raise Failed(
-            f"the loss of step {run.step + 1} {problem}; samples {gather_object(samples)}: lower "
-            "optim.learning_rate, or look at these samples"
+            f"step {run.step + 1}: {problem}; samples {gather_object(samples)}: lower optim.learning_rate, or look at "
+            "these samples"
         )
-    norm: Any = accelerator.clip_grad_norm_(model.parameters(), recipe.optim.max_grad_norm)
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
     logged = {
@@ -209,4 +238,4 @@ def train_step(run: Run) -> dict[str, Any]:
             "evictions": round(evictions, 3),
             "live_fraction": round(live, 4),
         }
-    return logged
+    return logged, batches

@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
 from torch import Tensor
 
 from vkvtrain.config import EvictionConfig
 from vkvtrain.generation import Request, Sampling, generate
 from vkvtrain.training.data import Row
+from vkvtrain.training.engines import shards_weights
 from vkvtrain.training.settings import Recipe
 
 FULL = EvictionConfig(policy="full")
@@ -37,11 +37,7 @@ class Rollout:
 
 def check_on_policy(recipe: Recipe, accelerator: Accelerator) -> None:
     """Raise ValueError where the processes do not each hold the whole model: generating there is not supported."""
-    if recipe.training.objective != "on_policy":
-        return
-    kind = accelerator.distributed_type
-    plugin = accelerator.state.deepspeed_plugin if kind == DistributedType.DEEPSPEED else None
-    if kind in (DistributedType.FSDP, DistributedType.MEGATRON_LM) or (plugin and plugin.zero_stage == 3):
+    if recipe.training.objective == "on_policy" and shards_weights(accelerator):
         raise ValueError(
             "training.objective on_policy generates on every process, which FSDP and ZeRO-3 leave without the whole "
             "model: launch with DDP or DeepSpeed ZeRO-2, or use objective distill"

@@ -1,4 +1,4 @@
-"""Noticing that a run has failed: a loss that is not finite, or one that has stayed far above guessing."""
+"""Noticing that a run has failed: a loss or gradient that is not finite, or a loss far above guessing for long."""
 
 import math
 from typing import Any
@@ -13,7 +13,7 @@ class Failed(FloatingPointError):
 
 
 class Watch:
-    """Looks at every step's loss.
+    """Looks at every step's loss and gradient norm.
 
     Diverged is: `PATIENCE` steps in a row above `TIMES_GUESSING` times the larger of log(vocabulary), the cross-entropy
     of guessing, and the first step's loss.
@@ -24,17 +24,19 @@ class Watch:
         self._first: float | None = None
         self._high = 0
 
-    def problem(self, loss: float) -> str | None:
-        """What is wrong with a step's loss; None while nothing is."""
+    def problem(self, loss: float, norm: float) -> str | None:
+        """What is wrong with a step's loss or gradient norm; None while nothing is."""
         if not math.isfinite(loss):
-            return f"is {loss}"
+            return f"the loss is {loss}"
+        if not math.isfinite(norm):
+            return f"the gradient norm is {norm}"
         if self._first is None:
             self._first = loss
         limit = TIMES_GUESSING * max(self._guessing, self._first)
         self._high = self._high + 1 if loss > limit else 0
         if self._high < PATIENCE:
             return None
-        return f"is {loss:.4g}, and has been above {limit:.4g} for {PATIENCE} steps"
+        return f"the loss is {loss:.4g}, and has been above {limit:.4g} for {PATIENCE} steps"
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint."""

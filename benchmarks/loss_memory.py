@@ -128,9 +128,8 @@ def main() -> None:
         sys.exit(f"--plain {settings.plain}: give at least two different numbers of positions, for a line through them")
     logits = settings.positions * settings.vocabulary * 4
     print(f"{platform.machine()}, torch {torch.__version__}; one float32 [S, V] is {logits / GIB:.2f} GiB\n")
-    print(
-        "| loss | plain, GiB | in chunks, GiB | plain / chunks | plain measured at, GiB |\n| --- | --- | --- | --- | --- |"
-    )
+    print("| loss | plain, GiB | in chunks, GiB | plain / chunks | plain measured at, GiB |")
+    print("| --- | --- | --- | --- | --- |")
     results = []
     for objective in OBJECTIVES:
         chunked = in_a_process(settings, "chunked", objective, settings.positions)

@@ -4,8 +4,9 @@
 
 Any setting of the recipe can be overridden: `--optim.learning_rate 1e-3`, or `--budget 64` where the name is unique.
 
-Features: objectives `sft` and `distill` (teacher: the same model, adapter disabled, full cache); a share of dense
-steps; one budget or several, drawn per step; LoRA through peft; one or many processes through accelerate.
+Features: objectives `sft`, `distill` (forward KL, reverse KL, JSD; teacher: the same model without adapter, full cache)
+and `on_policy` (the same on what the model generates with the evicting cache); a share of dense steps; one budget or
+policy, or several, drawn per step or annealed; LoRA through peft; one or many processes through accelerate.
 
     --dry-run     print the plan (processes, batch, trainable share, a sample with its loss mask, evictions) and stop
     --overwrite   replace a finished run in the output directory

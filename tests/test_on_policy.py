@@ -15,12 +15,13 @@ from transformers import AutoTokenizer
 
 from vkvtrain import simulated_eviction
 from vkvtrain.tiny import MODEL_PATH
+from vkvtrain.training import loop
 from vkvtrain.training.data import Row, collate, load_data
 from vkvtrain.training.loop import train
 from vkvtrain.training.models import load_model
 from vkvtrain.training.objectives import ModelWithLoss
 from vkvtrain.training.on_policy import check_on_policy, log_ratios, roll_out
-from vkvtrain.training.settings import Recipe
+from vkvtrain.training.settings import CheckpointSettings, Recipe
 
 EVICTED = {"policy": "vase_attnv", "budget": 24, "window": 8}
 
@@ -132,6 +133,32 @@ def test_accumulation_does_not_change_on_policy_training(tmp_path):
     logs = [logged(recipe(tmp_path / str(size), batch_per_device=size, steps=2)) for size in (4, 1)]
     for name in ("loss", "grad_norm", "evictions", "rollout_tokens"):
         assert [row[name] for row in logs[1]] == pytest.approx([row[name] for row in logs[0]], rel=1e-4), name
+
+
+def test_a_run_that_is_stopped_goes_on_with_the_same_rollouts(tmp_path, monkeypatch):
+    """Bit for bit, through a checkpoint; policy and budget move with the steps too."""
+    moving = {"policy": ["vase_attnv", "snapkv"], "budget": {"from": 40, "to": 24}, "window": 8}
+
+    def settings(name):
+        chosen = recipe(tmp_path / name, moving, steps=3, global_batch=2, rollout_tokens=30)
+        return chosen.model_copy(update={"checkpoint": CheckpointSettings(every=1)})
+
+    whole, inner = logged(settings("whole")), loop.train_step
+
+    def stopping(run):
+        if run.step == 2:
+            raise KeyboardInterrupt
+        return inner(run)
+
+    monkeypatch.setattr(loop, "train_step", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        train(settings("parts"))
+    monkeypatch.setattr(loop, "train_step", inner)
+    parts = logged(settings("parts"))
+    for name in ("step", "loss", "grad_norm", "policy", "budget", "rollout_tokens", "log_ratio_max"):
+        assert [row[name] for row in parts] == [row[name] for row in whole], name
+    adapters = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("whole", "parts")]
+    assert adapters[0] == adapters[1]
 
 
 def test_an_untrained_adapter_that_generates_without_eviction_is_its_teacher(tmp_path):

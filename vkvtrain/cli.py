@@ -5,7 +5,7 @@ import sys
 from itertools import takewhile
 from typing import Any
 
-_HELP = """usage: vkvtrain [-h] [--version] {data,inspect,lm-eval,publish,chat} ...
+_HELP = """usage: vkvtrain [-h] [--version] {data,inspect,lm-eval,ablate,results,report,publish,chat} ...
 
   data      preview RECIPE: rows as the trainer sees them, their lengths, evictions and loss masks;
             generate: training traces by the model itself under the full cache, kept if a verifier says they are right:
@@ -16,6 +16,11 @@ _HELP = """usage: vkvtrain [-h] [--version] {data,inspect,lm-eval,publish,chat} 
             vkvtrain lm-eval run --model vkv --model_args pretrained=...,policy=vase_attnv,budget=2048,window=64
             --tasks ... --output_path ... --log_samples
             (peft=... adds an adapter; without policy= the cache is full)
+  ablate    run a grid of models, policies, budgets, tasks and seeds with its controls, each cell an lm-eval process;
+            a rerun continues: vkvtrain ablate eval/sweeps/quickstart.yaml --limit 50; see ablate --help
+  results   list, filter and export what a sweep measured: vkvtrain results runs/sweeps/quickstart --where "budget = 64"
+  report    Markdown and a page of a sweep, with intervals, comparisons and curves:
+            vkvtrain report runs/sweeps/quickstart
   publish   a finished run as a directory or Hub repository that stands on its own: adapter or merged weights, eviction
             setting, tokenizer, model card with what was measured: vkvtrain publish runs/x --to DIR --push user/name
   chat      talk to a published model or a finished run while its cache is evicted: vkvtrain chat DIR
@@ -35,7 +40,10 @@ def main(arguments: list[str] | None = None) -> int:
 
         print(__version__)
         return 0
-    commands = {"data": data, "inspect": inspect, "lm-eval": lm_eval, "publish": publish, "chat": chat}
+    commands = {
+        **{"data": data, "inspect": inspect, "lm-eval": lm_eval, "ablate": ablate, "results": results},
+        **{"report": report, "publish": publish, "chat": chat},
+    }
     if rest[0] not in commands:
         print(f"vkvtrain: there is no command {rest[0]!r} (known: {', '.join(commands)})", file=sys.stderr)
         return 2
@@ -96,6 +104,27 @@ def lm_eval(arguments: list[str]) -> None:
     check_generation(generation_settings(arguments))
     sys.argv = ["vkvtrain lm-eval", *arguments]
     cli_evaluate()
+
+
+def ablate(arguments: list[str]) -> None:
+    """Run a sweep."""
+    from vkvtrain.ablation.command import ablate as run
+
+    run(arguments)
+
+
+def results(arguments: list[str]) -> None:
+    """List, filter and export the results of a sweep."""
+    from vkvtrain.ablation.command import results as show
+
+    show(arguments)
+
+
+def report(arguments: list[str]) -> None:
+    """Write the report of a sweep."""
+    from vkvtrain.ablation.command import report as write
+
+    write(arguments)
 
 
 def publish(arguments: list[str]) -> None:

@@ -83,6 +83,8 @@ class Policy:
     """Queries and keys are needed for `window_attention` and nothing else."""
     samples: ClassVar[bool] = False
     """Scores are weights of sampling without replacement, else the highest scores are kept."""
+    needs_noise: ClassVar[bool] = False
+    """Scores themselves are drawn: they read `candidates.noise`."""
     scores_single_tokens: ClassVar[bool] = False
     """A score depends on one token alone, so equal tokens tie: scores are compared at 10 mantissa bits."""
     protected_fraction: ClassVar[float] = 0.0

@@ -1,0 +1,205 @@
+"""From a sweep to what will run: models checked and fingerprinted, cells with their identity.
+
+A cell's identity is a hash of everything that decides it, so a changed setting makes a new cell and an unchanged one is
+never run twice.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import transformers
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+from tqdm import tqdm
+
+from vkvtrain.ablation.grid import BASE, Cell, ModelEntry, Sweep, without_repeats
+from vkvtrain.ablation.tasks import TaskInfo, find_tasks
+from vkvtrain.support import layer_kinds
+from vkvtrain.tiny import MODEL_PATH
+
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model of the sweep as lm-eval is given it.
+
+    Attributes:
+        name: `base`, or the adapter's name.
+        pretrained: directory or Hub name of the weights.
+        revision: commit on the Hub; None for a directory.
+        peft: directory of the adapter.
+        fingerprint: hash of the weights in directories, and name and commit of those on the Hub.
+    """
+
+    name: str
+    pretrained: str
+    revision: str | None
+    peft: str | None
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class PlannedCell:
+    """A cell with all that it takes to run it."""
+
+    id: str
+    cell: Cell
+    model: Model
+    task: TaskInfo
+    limit: int | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A sweep, ready to run."""
+
+    sweep: Sweep
+    cells: list[PlannedCell]
+
+    def record(self) -> dict[str, Any]:
+        """The plan as plain data, for the results' directory."""
+        models = {planned.model.name: planned.model for planned in self.cells}
+        tasks = {planned.task.name: planned.task for planned in self.cells}
+        return {
+            "sweep": self.sweep.model_dump(mode="json"),
+            "versions": versions(),
+            "misses_dense_control": self.sweep.misses_dense_control,
+            "models": {name: asdict(model) for name, model in models.items()},
+            "tasks": {name: asdict(task) for name, task in tasks.items()},
+            "cells": [
+                {"cell": planned.id, "name": planned.cell.name, **settings_of(planned)} for planned in self.cells
+            ],
+        }
+
+
+def settings_of(planned: PlannedCell) -> dict[str, Any]:
+    """What a cell is, in columns."""
+    cell, config = planned.cell, planned.cell.config
+    return {
+        "model": cell.model,
+        "policy": cell.label,
+        "budget": config.budget,
+        "window": config.window if config.evicts else None,
+        "sinks": config.sinks if config.evicts else None,
+        "protect_prompt": config.protect_prompt,
+        "control": cell.control,
+        "task": planned.task.name,
+        "limit": planned.limit,
+        "seed": cell.seed,
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions that a number depends on."""
+    return {name: version(name) for name in ("vkvtrain", "torch", "transformers", "peft", "lm_eval")}
+
+
+def make_plan(sweep: Sweep) -> Plan:
+    """Check a sweep against the models and tasks that it names, and give its cells their identity.
+
+    Raises:
+        ValueError: one sentence about a model, adapter or task that cannot be used.
+    """
+    tasks = find_tasks(sweep)
+    cells = without_repeats(list(sweep.cells()), {name: task.sampled for name, task in tasks.items()})
+    models = resolve_models(sweep, {cell.model for cell in cells})
+    check_models(models.values(), cells, bool(sweep.model_args.get("trust_remote_code", False)))
+    planned = []
+    for cell in cells:
+        task, model = tasks[cell.task.task], models[cell.model]
+        limit = sweep.limit_of(cell.task)
+        planned.append(PlannedCell(identity(sweep, cell, model, task, limit), cell, model, task, limit))
+    return Plan(sweep, planned)
+
+
+def identity(sweep: Sweep, cell: Cell, model: Model, task: TaskInfo, limit: int | None) -> str:
+    """Hash of everything that decides the cell's numbers; what only decides speed (batch, processes) is left out."""
+    decisive = {
+        "model": model.fingerprint,
+        "eviction": cell.config.model_dump(mode="json"),
+        "task": {**cell.task.model_dump(mode="json", exclude={"limit"}), **asdict(task)},
+        "limit": limit,
+        "model_args": sweep.model_args,
+        "apply_chat_template": sweep.apply_chat_template,
+        "vkvtrain": version("vkvtrain"),
+    }
+    return hashlib.blake2b(json.dumps(decisive, sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+
+def resolve_models(sweep: Sweep, wanted: Iterable[str]) -> dict[str, Model]:
+    """The models that cells name, with directories checked and Hub names pinned to a commit."""
+    wanted = set(wanted)
+    entries = {BASE: ModelEntry(pretrained=sweep.model, revision=sweep.revision), **sweep.adapters}
+    return {name: resolve_model(name, entry, sweep) for name, entry in entries.items() if name in wanted}
+
+
+def resolve_model(name: str, entry: ModelEntry, sweep: Sweep) -> Model:
+    """One model of the sweep; raises ValueError where its files are not there."""
+    where = "model" if name == BASE else f"adapters.{name}"
+    given, revision = (entry.pretrained, entry.revision) if entry.pretrained else (sweep.model, sweep.revision)
+    pretrained = str(MODEL_PATH) if given == "tiny" else given
+    trust = bool(sweep.model_args.get("trust_remote_code", False))
+    try:
+        config = transformers.AutoConfig.from_pretrained(pretrained, revision=revision, trust_remote_code=trust)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{where}: {given!r} cannot be loaded: {' '.join(str(error).split())}") from None
+    if Path(pretrained).is_dir():
+        weights, commit = hash_of(sorted(Path(pretrained).glob("*.safetensors")), Path(pretrained)), None
+        base = {"name": Path(pretrained).name if given != "tiny" else given, "weights": weights}
+    else:
+        commit = getattr(config, "_commit_hash", None) or revision
+        base = {"name": pretrained, "commit": commit}
+    if entry.peft is None:
+        return Model(name, pretrained, commit, None, json.dumps(base, sort_keys=True))
+    directory = adapter_directory(where, entry.peft)
+    adapter = hash_of([directory / part for part in ADAPTER], directory)
+    return Model(name, pretrained, commit, str(directory), json.dumps({**base, "adapter": adapter}, sort_keys=True))
+
+
+def adapter_directory(where: str, peft: str) -> Path:
+    """The directory of an adapter, downloaded if it is a Hub name; raises ValueError if it holds none."""
+    directory = Path(peft)
+    if not directory.is_dir():
+        if peft.startswith((".", "/")) or peft.count("/") != 1 or (directory.parent.is_dir()):
+            raise ValueError(f"{where}: there is no directory {peft!r}; train the adapter first, or correct the path")
+        try:
+            directory = Path(snapshot_download(peft, allow_patterns=list(ADAPTER)))
+        except (RepositoryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+            raise ValueError(
+                f"{where}: {peft!r} is no directory and cannot be had from the Hub: {' '.join(str(error).split())}"
+            ) from None
+    missing = [part for part in ADAPTER if not (directory / part).is_file()]
+    if missing:
+        raise ValueError(f"{where}: {peft!r} has no {missing[0]}; is it the directory of a finished adapter?")
+    return directory
+
+
+def hash_of(files: list[Path], directory: Path) -> str:
+    """Hash of the contents of files, large ones with a progress bar."""
+    total = hashlib.blake2b()
+    size = sum(file.stat().st_size for file in files)
+    with tqdm(total=size, unit="B", unit_scale=True, desc=f"hashing {directory}", disable=size < 2**30) as bar:
+        for file in files:
+            total.update(file.name.encode())
+            with file.open("rb") as stream:
+                while chunk := stream.read(2**24):
+                    total.update(chunk)
+                    bar.update(len(chunk))
+    return total.hexdigest()[:16]
+
+
+def check_models(models: Iterable[Model], cells: Sequence[Cell], trust: bool) -> None:
+    """Raise ValueError if a model cannot evict under a cell's setting."""
+    for model in models:
+        config = transformers.AutoConfig.from_pretrained(
+            model.pretrained, revision=model.revision, trust_remote_code=trust
+        )
+        for cell in cells:
+            if cell.model == model.name:
+                layer_kinds(config, cell.config)

@@ -1,0 +1,125 @@
+"""What a sweep must know of lm-eval's tasks before they run: grade, filter, repeats, sampling, a fingerprint."""
+
+import hashlib
+import importlib.util
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lm_eval.models.utils import normalize_gen_kwargs
+from lm_eval.tasks import TaskManager
+
+from vkvtrain.ablation.grid import Sweep, TaskEntry
+from vkvtrain.config import nearest
+
+GRADES = ("exact_match", "acc")
+"""Metrics that are taken for the grade where a sweep names none, in this order."""
+
+
+@dataclass(frozen=True)
+class TaskInfo:
+    """A task as a sweep runs it.
+
+    Attributes:
+        name: name in lm-eval.
+        metric: the metric that is the grade.
+        filter: the filter of the answers that are graded.
+        repeats: responses to every problem.
+        sampled: whether its generation samples.
+        settings: generation settings in force; empty for a task that scores continuations.
+        fingerprint: hash of the task's definition and of the source of its functions.
+    """
+
+    name: str
+    metric: str
+    filter: str
+    repeats: int
+    sampled: bool
+    settings: dict[str, Any]
+    fingerprint: str
+
+
+def find_tasks(sweep: Sweep) -> dict[str, TaskInfo]:
+    """The sweep's tasks by name; loads no data.
+
+    Raises:
+        ValueError: an include_path that is not there, or a task that is unknown, is a group, or has no single grade.
+    """
+    if sweep.include_path is not None and not Path(sweep.include_path).is_dir():
+        raise ValueError(f"include_path: there is no directory {sweep.include_path!r}")
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    index = TaskManager(include_path=sweep.include_path, include_defaults=False).task_index
+    if any(entry.task not in index for entry in sweep.tasks):  # reading lm-eval's own takes seconds
+        index = TaskManager(include_path=sweep.include_path).task_index
+    found = {}
+    for entry in sweep.tasks:
+        if entry.task not in index:
+            where = "lm-eval's" if sweep.include_path is None else f"lm-eval's and those of {sweep.include_path}"
+            hint = nearest(entry.task, list(index))
+            hint = hint if "did you mean" in hint else ""
+            raise ValueError(f"tasks: there is no task {entry.task!r} among {where}{hint}")
+        known = index[entry.task]
+        if known.kind.name != "TASK" or known.cfg is None:
+            raise ValueError(f"tasks: {entry.task!r} is a {known.kind.name.lower()}; name the tasks themselves")
+        found[entry.task] = task_info(entry, known.cfg)
+    return found
+
+
+def task_info(entry: TaskEntry, definition: Mapping[str, Any]) -> TaskInfo:
+    """A task from its definition, a YAML file with its includes and unresolved functions."""
+    metrics = [metric["metric"] for metric in definition.get("metric_list") or []]
+    metric = entry.metric or next((name for name in GRADES if name in metrics), None)
+    if metric is None or (metrics and metric not in metrics):
+        raise ValueError(f"tasks: {entry.task} needs metric: one of {', '.join(metrics) or 'none'}")
+    filters = [chosen["name"] for chosen in definition.get("filter_list") or [{"name": "none"}]]
+    chosen = entry.filter or (filters[0] if len(filters) == 1 else None)
+    if chosen is None or chosen not in filters:
+        raise ValueError(f"tasks: {entry.task} needs filter: one of {', '.join(filters)}")
+    settings: dict[str, Any] = {}
+    if definition.get("output_type", "generate_until") == "generate_until":
+        settings = {**(definition.get("generation_kwargs") or {}), **entry.gen_kwargs}
+    elif entry.gen_kwargs:
+        raise ValueError(f"tasks: {entry.task} generates nothing, so gen_kwargs mean nothing: remove them")
+    return TaskInfo(
+        name=entry.task,
+        metric=metric,
+        filter=chosen,
+        repeats=definition.get("repeats", 1),
+        sampled=bool(settings) and bool(normalize_gen_kwargs(settings).get("do_sample")),
+        settings=settings,
+        fingerprint=fingerprint(definition),
+    )
+
+
+def fingerprint(definition: Mapping[str, Any]) -> str:
+    """Hash of a definition: its functions count by the source of their module, not by where it lies."""
+
+    def normal(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {str(key): normal(inner) for key, inner in value.items()}
+        if isinstance(value, list | tuple):
+            return [normal(inner) for inner in value]
+        if isinstance(value, str) and value.startswith("/") and "." in value:
+            return function_source(value)
+        return value
+
+    return hashlib.blake2b(json.dumps(normal(definition), sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def function_source(reference: str) -> str:
+    """A `!function`, as lm-eval leaves it unresolved (`/directory/module.function`): its name and its module's hash."""
+    path, _, function = reference.rpartition(".")
+    source = Path(f"{path}.py")
+    if not source.is_file():
+        module = Path(path).name
+        try:
+            spec = importlib.util.find_spec(module)
+        except ModuleNotFoundError:
+            spec = None
+        if spec is None or spec.origin is None or not Path(spec.origin).is_file():
+            return reference
+        source = Path(spec.origin)
+    return f"{source.stem}.{function}:{hashlib.blake2b(source.read_bytes()).hexdigest()[:16]}"

@@ -223,6 +223,25 @@ def results(arguments: list[str]) -> None:
         console.print(Text(f"MISSING {status.name}: {status.state}", "red"), soft_wrap=True)
 
 
+@dataclass
+class Report:
+    """Write the report of a sweep: report.md with its figures, and report.html, one page that loads nothing."""
+
+    directory: Annotated[Path, tyro.conf.Positional]
+    """Output directory of a sweep."""
+    output: Path | None = None
+    """Directory to write; by default `report` in the sweep's."""
+
+
+def report(arguments: list[str]) -> None:
+    """The command line of `vkvtrain report`."""
+    from vkvtrain.ablation.report import write_report
+
+    given = tyro.cli(Report, args=arguments, prog="vkvtrain report")
+    written = write_report(Store.existing(given.directory), given.output or given.directory / "report")
+    print(f"written: {written[0]}, {written[1]}")
+
+
 def _print_table(table: Any, console: Console, longest: int = 60) -> None:
     """Print an Arrow table, without empty columns and with long text cut."""
     shown = Table()

@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import duckdb
 import pyarrow as pa
@@ -75,7 +76,8 @@ def _query(store: Store, cells: Sequence[str] | None, where: str | None, query: 
             chosen = connection.sql("SELECT * FROM samples")
             if where is not None:
                 chosen = chosen.filter(where)  # takes an expression, never a statement
-            return chosen.query("chosen", query).to_arrow_table()
+            found: Any = chosen.query("chosen", query)
+            return found.to_arrow_table()
         except duckdb.Error as error:
             if where is None:
                 raise

@@ -31,13 +31,15 @@ class Model:
 
     Attributes:
         name: `base`, or the adapter's name.
+        given: weights as the sweep names them.
         pretrained: directory or Hub name of the weights.
         revision: commit on the Hub; None for a directory.
         peft: directory of the adapter.
-        fingerprint: hash of the weights in directories, and name and commit of those on the Hub.
+        fingerprint: hash of the files in a directory, or name and commit on the Hub; `+` the adapter's hash.
     """
 
     name: str
+    given: str
     pretrained: str
     revision: str | None
     peft: str | None
@@ -149,17 +151,19 @@ def resolve_model(name: str, entry: ModelEntry, sweep: Sweep) -> Model:
         config = transformers.AutoConfig.from_pretrained(pretrained, revision=revision, trust_remote_code=trust)
     except (OSError, ValueError) as error:
         raise ValueError(f"{where}: {given!r} cannot be loaded: {' '.join(str(error).split())}") from None
+    commit, base = None, pretrained
     if Path(pretrained).is_dir():
-        weights, commit = hash_of(sorted(Path(pretrained).glob("*.safetensors")), Path(pretrained)), None
-        base = {"name": Path(pretrained).name if given != "tiny" else given, "weights": weights}
+        directory = Path(pretrained)
+        decisive = [file for kind in ("*.safetensors", "*.json", "*.jinja") for file in sorted(directory.glob(kind))]
+        base = hash_of(decisive, directory)
     else:
         commit = getattr(config, "_commit_hash", None) or revision
-        base = {"name": pretrained, "commit": commit}
+        base = f"{pretrained}@{commit}"
     if entry.peft is None:
-        return Model(name, pretrained, commit, None, json.dumps(base, sort_keys=True))
+        return Model(name, given, pretrained, commit, None, base)
     directory = adapter_directory(where, entry.peft)
     adapter = hash_of([directory / part for part in ADAPTER], directory)
-    return Model(name, pretrained, commit, str(directory), json.dumps({**base, "adapter": adapter}, sort_keys=True))
+    return Model(name, given, pretrained, commit, str(directory), f"{base}+{adapter}")
 
 
 def adapter_directory(where: str, peft: str) -> Path:

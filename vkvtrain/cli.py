@@ -41,8 +41,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(__version__)
         return 0
     commands = {
-        **{"data": data, "inspect": inspect, "lm-eval": lm_eval, "ablate": ablate, "results": results},
-        **{"report": report, "publish": publish, "chat": chat},
+        command.__name__.replace("_", "-"): command
+        for command in (data, inspect, lm_eval, ablate, results, report, publish, chat)
     }
     if rest[0] not in commands:
         print(f"vkvtrain: there is no command {rest[0]!r} (known: {', '.join(commands)})", file=sys.stderr)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 import yaml
@@ -17,10 +17,12 @@ from rich.text import Text
 
 from vkvtrain.ablation.export import cells_table, export, samples_table, statuses
 from vkvtrain.ablation.grid import DENSE, Sweep, load_sweep
-from vkvtrain.ablation.plan import Plan, PlannedCell, make_plan
-from vkvtrain.ablation.runner import Failure, Runner, gpus, slots
 from vkvtrain.ablation.store import Store
 from vkvtrain.config import nearest
+
+if TYPE_CHECKING:  # what runs cells loads lm-eval, which takes seconds
+    from vkvtrain.ablation.plan import Plan, PlannedCell
+    from vkvtrain.ablation.runner import Failure
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells have it."""
@@ -86,11 +88,11 @@ class Terminal:
         self.task = self.bar.add_task("", total=total, completed=finished)
         self._show()
 
-    def started(self, planned: PlannedCell) -> None:
+    def started(self, planned: "PlannedCell") -> None:
         self.count["running"] += 1
         self._show()
 
-    def finished(self, planned: PlannedCell, rows: Sequence[dict[str, Any]], seconds: float) -> None:
+    def finished(self, planned: "PlannedCell", rows: Sequence[dict[str, Any]], seconds: float) -> None:
         self.count.update(done=1, running=-1)
         grades = [row["grade"] for row in rows if row["grade"] is not None]
         grade = f"{mean(grades):.1%}" if grades else "no grade"
@@ -98,7 +100,7 @@ class Terminal:
         self.bar.advance(self.task)
         self._show()
 
-    def failed(self, planned: PlannedCell, failure: Failure, again: bool) -> None:
+    def failed(self, planned: "PlannedCell", failure: "Failure", again: bool) -> None:
         self.count["running"] -= 1
         self.count["failed"] += not again
         what = "trying again" if again else "given up"
@@ -132,7 +134,7 @@ def say_controls(sweep: Sweep, console: Console) -> None:
         )
 
 
-def show_plan(plan: Plan, finished: Sequence[str], console: Console) -> None:
+def show_plan(plan: "Plan", finished: Sequence[str], console: Console) -> None:
     """Print the cells and which are finished."""
     table = Table(title=f"{len(plan.cells)} cells")
     for column in ("cell", "task", "model", "policy", "budget", "seed", "control", "status"):
@@ -153,6 +155,9 @@ def ablate(arguments: list[str]) -> None:
         print(_ABLATE + describe_settings())
         return
     sweep = load_sweep(path, overrides)
+    from vkvtrain.ablation.plan import make_plan
+    from vkvtrain.ablation.runner import Runner, gpus, slots
+
     shares = slots(sweep, gpus())
     console = Console()
     say_controls(sweep, console)

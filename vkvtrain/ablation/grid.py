@@ -201,6 +201,8 @@ class Sweep(Settings):
 
     def config(self, entry: PolicyEntry, budget: int | None, seed: int) -> EvictionConfig:
         """The eviction setting of a cell; raises ValueError with the policy's name where it does not hold."""
+        if entry.policy == FULL:
+            return EvictionConfig(policy=FULL, seed=seed)
         sinks = self.sinks if entry.sinks is None else entry.sinks
         given = entry.model_dump(exclude={"sinks"})
         try:

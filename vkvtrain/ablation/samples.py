@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from vkvtrain.ablation.tasks import TaskInfo
+from vkvtrain.evaluation.records import records_of
 
-RECORD = "vkvtrain"
-"""Key of the records, a list with one of each repeat, in the arguments of a logged sample."""
 MEASURED = ("tokens", "final_length", "evictions", "peak_kv_bytes", "looping_or_cut_off", "answered", "looping")
 """What a record may hold; absent is null."""
 
@@ -32,39 +31,38 @@ def read_rows(directory: Path, task: TaskInfo) -> list[dict[str, Any]]:
 def rows_of(sample: dict[str, Any], task: TaskInfo) -> Iterator[dict[str, Any]]:
     """The rows of one logged sample.
 
-    A metric is a number, which then is that of every repeat (their mean, or there is one), or a list with one of each.
+    The grades of each repeat are in `responses` (`vkvtrain.evaluation.tasks.measure`); where a task has none, a metric
+    is that of all repeats, or a list with one of each.
     """
     if task.metric not in sample:
         raise ValueError(f"the samples of {task.name} have no metric {task.metric!r} (they have {sample['metrics']})")
-    requests = list(sample["arguments"].values())
-    records = [record for request in requests for record in records_of(request)]
-    if len(requests) > 1:  # a task that scores several continuations of one problem: it cost what the longest did
+    records = records_of(sample)
+    several = len(sample["arguments"]) > 1
+    if several and records:  # a task that scores several continuations of one problem: it cost what the longest did
         names = {name for record in records for name in record if name in MEASURED}
-        records = [{name: max(record[name] for record in records) for name in names}] if records else []
-    repeats = max(1, min(task.repeats, len(records)) if records else task.repeats)
+        records = [{name: max(record[name] for record in records) for name in names}]
+    responses = sample.get("responses", [])
+    repeats = 1 if several else min(task.repeats, len(responses or records) or task.repeats)
     texts = sample["resps"][0]
     metrics = {name: sample[name] for name in sample["metrics"]}
     for repeat in range(repeats):
         record = records[repeat] if repeat < len(records) else {}
         own = {name: number(value, repeat) for name, value in metrics.items()}
-        if own[task.metric] is None:
-            raise ValueError(f"{task.metric} of {task.name} is no number: {metrics[task.metric]!r}")
-        answer = texts[repeat] if len(requests) == 1 and repeat < len(texts) else sample["filtered_resps"]
+        own |= {name: number(value, repeat) for name, value in responses[repeat].items()} if responses else {}
+        grade = own[task.metric]
+        if grade is None or not 0 <= grade <= 1:
+            raise ValueError(f"{task.metric} of {task.name} is no grade from 0 to 1: {metrics[task.metric]!r}")
+        answer = texts[repeat] if not several and repeat < len(texts) else sample["filtered_resps"]
         yield {
             "doc_id": sample["doc_id"],
             "repeat": repeat,
-            "grade": own[task.metric],
+            "grade": grade,
             **{name: number(record.get(name, own.get(name)), 0) for name in MEASURED},
             "metrics": {name: value for name, value in own.items() if name not in MEASURED and value is not None},
-            "prompt": str(next(iter(requests[0].values()))),
+            "prompt": str(sample["arguments"]["gen_args_0"]["arg_0"]),
             "target": str(sample["target"]),
             "response": str(record.get("text", answer if isinstance(answer, str) else json.dumps(answer))),
         }
-
-
-def records_of(request: dict[str, Any]) -> list[dict[str, Any]]:
-    """The records among one request's arguments."""
-    return [record for part in request.values() if isinstance(part, dict) for record in part.get(RECORD, [])]
 
 
 def number(value: Any, repeat: int) -> float | None:

@@ -62,7 +62,7 @@ def find_tasks(sweep: Sweep) -> dict[str, TaskInfo]:
             hint = hint if "did you mean" in hint else ""
             raise ValueError(f"tasks: there is no task {entry.task!r} among {where}{hint}")
         known = index[entry.task]
-        if known.kind.name != "TASK" or known.cfg is None:
+        if known.kind.name not in ("TASK", "PY_TASK") or known.cfg is None:
             raise ValueError(f"tasks: {entry.task!r} is a {known.kind.name.lower()}; name the tasks themselves")
         found[entry.task] = task_info(entry, known.cfg)
     return found
@@ -87,10 +87,10 @@ def task_info(entry: TaskEntry, definition: Mapping[str, Any]) -> TaskInfo:
         name=entry.task,
         metric=metric,
         filter=chosen,
-        repeats=definition.get("repeats", 1),
+        repeats=entry.metadata.get("repeats", definition.get("repeats", 1)),
         sampled=bool(settings) and bool(normalize_gen_kwargs(settings).get("do_sample")),
         settings=settings,
-        fingerprint=fingerprint(definition),
+        fingerprint=fingerprint(definition) + data_hash(entry),
     )
 
 
@@ -107,6 +107,18 @@ def fingerprint(definition: Mapping[str, Any]) -> str:
         return value
 
     return hashlib.blake2b(json.dumps(normal(definition), sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def data_hash(entry: TaskEntry) -> str:
+    """`:` and the hash of the problems in the local file or directory that the task's metadata name as `data`."""
+    data = entry.metadata.get("data")
+    if data is None:
+        return ""
+    path = Path(str(data)).expanduser()
+    files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
+    if not files or not all(file.is_file() for file in files):
+        raise ValueError(f"tasks: {entry.task}: metadata.data: there is no file {str(data)!r}")
+    return ":" + hashlib.blake2b(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 
 def function_source(reference: str) -> str:

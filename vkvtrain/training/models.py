@@ -33,6 +33,12 @@ def check_model(recipe: Recipe) -> None:
             f"model.quantization {recipe.model.quantization!r} needs bitsandbytes: pip install bitsandbytes, or leave "
             "it out"
         )
+    if recipe.model.quantization != "none" and not torch.cuda.is_available():
+        # seen with 0.50: a 4-bit layer that was once in evaluation mode on a CPU gives no gradient from then on
+        raise ValueError(
+            f"model.quantization {recipe.model.quantization!r} needs a GPU, because bitsandbytes loses gradients on "
+            "CPUs: leave it out"
+        )
     if recipe.lora.continue_from is not None:
         _check_adapter(recipe, recipe.lora.continue_from)
 

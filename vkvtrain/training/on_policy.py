@@ -51,7 +51,7 @@ def roll_out(
 
     Args:
         model: the adapted model; it generates in evaluation mode and is left in the mode that it was in.
-        tokenizer: its end token ends a response, and so does what ends the rows' own responses.
+        tokenizer: its end token ends a response, as it does in training rows.
         config: the eviction setting; None generates with the full cache.
         rows: (row, epoch); together they name the randomness, of sampling and of eviction.
         recipe: `training.rollout_tokens`, `training.rollout_temperature`, `training.batch_per_device`, `seed`.
@@ -63,9 +63,10 @@ def roll_out(
         Request(tuple(row.input_ids[: row.prompt_length]), training.rollout_tokens, (row.index, 0, epoch), sampling)
         for row, epoch in rows
     ]
-    ends = {tokenizer.eos_token_id, *(row.input_ids[-1] for row, _ in rows if row.response_length)}
     model.eval()
-    completions = generate(model, config or FULL, requests, slots=training.batch_per_device, end_tokens=ends)
+    completions = generate(
+        model, config or FULL, requests, slots=training.batch_per_device, end_tokens=[tokenizer.eos_token_id]
+    )
     model.train(was_training)
     return [
         Rollout(

@@ -86,8 +86,8 @@ def load_model(recipe: Recipe) -> Any:
     if settings.quantization != "none":
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     if settings.gradient_checkpointing:
-        # recomputation without a second autograd graph is what DDP, FSDP2 and ZeRO need of frozen weights: reentrant
-        # checkpointing gives adapters no gradient unless the embeddings require one, and breaks under DDP
+        # not reentrant, whatever the engine: reentrant checkpointing breaks under DDP, and gives an adapter no gradient
+        # unless the embeddings require one; ZeRO-3, which once needed it, trains the same without (DeepSpeed 0.19)
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
     if lora.continue_from is not None:

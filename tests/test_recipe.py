@@ -25,7 +25,7 @@ from vkvtrain.training.plan import expected_evictions
 from vkvtrain.training.settings import Recipe, recipe_values
 
 ROOT = Path(__file__).parents[1]
-RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
+RECIPES = sorted((ROOT / "recipes").glob("*/*.yaml"))
 LAUNCH = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
 EVICTED = {"policy": "vase_attnv", "budget": 64, "window": 16}
 

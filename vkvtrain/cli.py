@@ -5,7 +5,7 @@ import sys
 from itertools import takewhile
 from typing import Any
 
-_HELP = """usage: vkvtrain [-h] [--version] {data,inspect,lm-eval,ablate,results,report,publish,chat} ...
+_HELP = """usage: vkvtrain [-h] [--version] {data,inspect,lm-eval,ablate,results,report,publish,plan,chat} ...
 
   data      preview RECIPE: rows as the trainer sees them, their lengths, evictions and loss masks;
             generate: training traces by the model itself under the full cache, kept if a verifier says they are right:
@@ -23,6 +23,8 @@ _HELP = """usage: vkvtrain [-h] [--version] {data,inspect,lm-eval,ablate,results
             vkvtrain report runs/sweeps/quickstart
   publish   a finished run as a directory or Hub repository that stands on its own: adapter or merged weights, eviction
             setting, tokenizer, model card with what was measured: vkvtrain publish runs/x --to DIR --push user/name
+  plan      memory per device, FLOPs and time of a training step, slots and tokens/s of decoding, each with its formula:
+            vkvtrain plan --model-config qwen3-8b --seq 32768 --budget 4096 --gpus 8 --strategy fsdp2 --device h100
   chat      talk to a published model or a finished run while its cache is evicted: vkvtrain chat DIR
 
 Training is launched by recipes: see recipes/finetune.py --help.
@@ -42,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     commands = {
         command.__name__.replace("_", "-"): command
-        for command in (data, inspect, lm_eval, ablate, results, report, publish, chat)
+        for command in (data, inspect, lm_eval, ablate, results, report, publish, plan, chat)
     }
     if rest[0] not in commands:
         print(f"vkvtrain: there is no command {rest[0]!r} (known: {', '.join(commands)})", file=sys.stderr)
@@ -64,6 +66,13 @@ def data(arguments: list[str]) -> None:
     else:
         raise ValueError("say what to do: preview or generate; see vkvtrain --help")
     run(arguments[1:])
+
+
+def plan(arguments: list[str]) -> None:
+    """Memory, FLOPs and speed on paper."""
+    from vkvtrain.planning.command import main as run
+
+    run(arguments)
 
 
 def inspect(arguments: list[str]) -> None:

@@ -8,6 +8,7 @@ objective, log and run directory each have their module.
 import resource
 import signal
 import time
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from vkvtrain.training.models import check_model, load_model, load_tokenizer
 from vkvtrain.training.objectives import ModelWithLoss
 from vkvtrain.training.on_policy import Rollout, check_on_policy, log_ratios, roll_out
 from vkvtrain.training.passes import simulation, what_happened
-from vkvtrain.training.plan import plan
+from vkvtrain.training.plan import plan, shortest
 from vkvtrain.training.report import REPORT, write_report
 from vkvtrain.training.resume import checkpoint_to_continue, restore_run, save_run
 from vkvtrain.training.run import Run
@@ -46,7 +47,7 @@ def train(recipe: Recipe, dry_run: bool = False, overwrite: bool = False) -> Non
 
     Args:
         recipe: the settings.
-        dry_run: print the plan and stop.
+        dry_run: print the plan, take one step on one row, and write nothing.
         overwrite: start afresh where the output directory holds a run, finished or not.
 
     Raises:
@@ -70,6 +71,7 @@ def train(recipe: Recipe, dry_run: bool = False, overwrite: bool = False) -> Non
     if accelerator.is_main_process:
         print(plan(recipe, data, tokenizer, model, accelerator.num_processes, asked_processes()), flush=True)
     if dry_run:
+        try_step(prepare(recipe, accelerator, model, data, tokenizer))
         return
     if accelerator.is_main_process:
         start_run(recipe)
@@ -97,6 +99,22 @@ def check_loss_masks(data: TrainingData) -> None:
         raise ValueError(
             f"{len(empty)} rows have no response token, so their loss mask is all zero (rows {shown}): leave them out "
             "of data.source"
+        )
+
+
+def try_step(run: Run) -> None:
+    """One step over one row on each process, as a proof that everything works: the shortest row that is evicted."""
+    recipe, processes, began = run.recipe, run.accelerator.num_processes, time.monotonic()
+    row = shortest(run.data.train, recipe.eviction_configs())
+    small = recipe.training.model_copy(update={"global_batch": processes, "batch_per_device": 1, "dense_fraction": 0.0})
+    run.recipe = recipe.model_copy(update={"training": small})
+    run.data = replace(run.data, train=[row])
+    logged, _ = train_step(run)
+    if run.accelerator.is_main_process:
+        kept = f", {logged['evictions']:.0f} evictions at budget {logged['budget']}" if "budget" in logged else ""
+        print(
+            f"one step         row {row.index} of {row.length} tokens: loss {logged['loss']:.4f}{kept}, "
+            f"{time.monotonic() - began:.1f} s; nothing is written"
         )
 
 
@@ -205,7 +223,7 @@ def train_step(run: Run) -> tuple[dict[str, Any], list[Batch]]:
         parts += torch.stack([summed[name].detach().float() for name in PARTS]) / targets
         log_probs.append(summed["log_probs"].detach())
         if trace is not None:
-            share = len(batch.streams) / len(samples)
+            share = len(batch.streams) * accelerator.num_processes / recipe.training.global_batch
             seen += torch.tensor(what_happened(trace, batch), device=accelerator.device) * share
     means = dict(zip(PARTS, over_processes(accelerator, parts).tolist(), strict=True))
     total = means["loss"]
@@ -229,7 +247,6 @@ def train_step(run: Run) -> tuple[dict[str, Any], list[Batch]]:
     if rollouts:
         logged |= log_ratios(accelerator, rollouts, torch.cat(log_probs))
     if config is not None:
-        # every process has as many samples as any other
         mean = over_processes(accelerator, seen) / accelerator.num_processes
         evictions, live = mean[0].item(), mean[1].item()
         logged |= {

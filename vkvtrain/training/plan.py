@@ -1,8 +1,10 @@
 """What is said before training: who takes part, how much, and what one sample looks like."""
 
+from collections.abc import Sequence
 from statistics import mean
 from typing import Any
 
+from vkvtrain.config import EvictionConfig
 from vkvtrain.events import evictions_by
 from vkvtrain.training.data import Row, TrainingData
 from vkvtrain.training.settings import Recipe, TrainingSettings
@@ -11,6 +13,15 @@ from vkvtrain.training.settings import Recipe, TrainingSettings
 def expected_evictions(rows: list[Row], budget: int, window: int) -> float:
     """Mean number of events of a row when its response is decoded (its last token is never given to a cache)."""
     return mean(evictions_by(row.prompt_length, row.length - 1, budget, window) for row in rows)
+
+
+def shortest(rows: list[Row], configs: Sequence[EvictionConfig]) -> Row:
+    """The shortest row that is evicted under the first of the settings; where none is, the shortest row."""
+    ordered = sorted(rows, key=lambda row: row.length)
+    if configs and configs[0].budget is not None:
+        budget, window = configs[0].budget, configs[0].window
+        return next((row for row in ordered if expected_evictions([row], budget, window)), ordered[0])
+    return ordered[0]
 
 
 def objective(training: TrainingSettings) -> str:

@@ -52,6 +52,8 @@ class DataSettings(Settings):
     """Responses of a conversation that are trained on; `each` makes a row of every assistant turn."""
     system: str | None = None
     """System prompt in place of the data's own; an empty text removes it."""
+    instruction: str = ""
+    """Said after a problem in the user's message, of `problem_generations`."""
     template_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Arguments of the chat template, for example `{enable_thinking: true}`."""
     response: Literal["checked", "written", "rendered"] = "checked"
@@ -94,8 +96,8 @@ class LoraSettings(Settings):
     """Modules that get an adapter, as peft names them."""
     modules_to_save: list[str] = Field(default_factory=list)
     """Modules that are trained whole and stored with the adapter, for example `[lm_head]`."""
-    init: Literal["default", "gaussian", "orthogonal", "pissa", "olora"] = "default"
-    """Initialisation; `pissa` and `olora` rewrite the base weights, which rules out `distill`."""
+    init: Literal["default", "gaussian", "orthogonal", "pissa", "pissa_niter_16", "olora"] = "default"
+    """Initialisation; the `pissa` ones and `olora` rewrite the base weights, which rules out `distill`."""
     continue_from: str | None = None
     """Directory or Hub name of an adapter to train on from; its own rank, targets and kind hold."""
 

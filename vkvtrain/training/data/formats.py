@@ -64,7 +64,8 @@ def examples_of(record: Record, form: str, settings: DataSettings) -> Iterator[E
     """
     assert form in get_args(DataFormat)
     if form == "problem_generations":
-        problem = _text(record, "problem")
+        parts = (_text(record, "problem"), settings.instruction)
+        problem = "\n\n".join(part for part in parts if part)
         for generation in _chosen(record, settings):
             if not isinstance(generation, str) or not generation:
                 raise ValueError(f"{record.where}: 'generations' holds something that is empty or no text")

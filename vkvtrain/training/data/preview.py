@@ -68,7 +68,7 @@ def preview(recipe: Recipe, data: TrainingData, tokenizer: Any, console: Console
     configs = recipe.eviction_configs()
     if configs:
         console.print(evictions_table(data.train, configs))
-    for config in configs:
+    for config in {config.budget: config for config in configs}.values():
         share = never_evicted(data.train, config)
         if share > 0:
             which = "NO ROW REACHES" if share == 1 else f"{share:.0%} OF THE ROWS NEVER REACH"
@@ -145,7 +145,7 @@ def evictions_table(rows: Sequence[Row], configs: Sequence[EvictionConfig]) -> T
     """Expected evictions at each budget."""
     title = "evictions while the responses are decoded"
     table = Table("budget", "mean", "max", "final length / budget", "rows without any", title=title)
-    for config in configs:
+    for config in {config.budget: config for config in configs}.values():  # events depend on lengths alone
         assert config.budget is not None
         events = [evictions(row, config) for row in rows]
         ratio = statistics.mean(row.length for row in rows) / config.budget

@@ -1,0 +1,203 @@
+"""`vkvtrain plan`: what a training run or decoding needs and could reach, before anything is launched."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from vkvtrain.config import EvictionConfig
+from vkvtrain.planning.architecture import Architecture, read_architecture
+from vkvtrain.planning.decoding import Decoding, Roof, roof
+from vkvtrain.planning.devices import Device, find_device
+from vkvtrain.planning.training import Item, Strategy, Workload, flops, memory, peak
+
+GIB = 2**30
+
+
+@dataclass
+class Arguments:
+    """Memory per device and FLOPs of a training step, slots and tokens per second of decoding, each with its formula.
+
+    Nothing is downloaded but a configuration, and nothing is run: these are sums on paper. `benchmarks/plan_error.py`
+    compares the memory with measured peaks.
+    """
+
+    model_config: str
+    """A preset (qwen3-8b, ...), a directory with a config.json, or a Hub name."""
+    seq: int = 32768
+    """Tokens of a row, and that a decoded sequence grows to."""
+    budget: int = 4096
+    """Entries kept after an eviction event; 0: no eviction."""
+    window: int = 64
+    """Newest entries; tokens between two events."""
+    gpus: int = 1
+    """Devices."""
+    strategy: Strategy = "single"
+    """How training is spread over them."""
+    device: str = "h100"
+    """h100, h200, a100, a100-40gb, l40s, rtx4090, or cpu (measured here)."""
+    rows: int = 1
+    """Rows of a forward pass on one device (`training.batch_per_device`)."""
+    global_batch: int = 16
+    """Rows of an optimiser step."""
+    weights: Literal["float32", "bfloat16", "float16", "8bit", "4bit"] = "bfloat16"
+    """How the base weights are stored."""
+    checkpointing: bool = True
+    """Gradient checkpointing."""
+    r: int = 16
+    """Rank of the adapter."""
+    objective: Literal["sft", "distill"] = "sft"
+    """`distill` adds a teacher's forward pass."""
+    mfu: float = 0.4
+    """Share of the peak that is assumed to be reached, for the time of a step."""
+    output: Path | None = None
+    """JSON file to write as well."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that is printed."""
+
+    memory: list[Item]
+    flops: list[Item]
+    evicted: Roof
+    full: Roof
+    seconds: float
+    """Of a step at the assumed share of the peak."""
+
+    @property
+    def bytes(self) -> float:
+        """On one device, at its peak."""
+        return peak(self.memory)
+
+
+def make_plan(a: Architecture, w: Workload, device: Device, mfu: float) -> Plan:
+    """The plan of a workload; decoding is on one device."""
+    work = flops(a, w)
+    dtype = w.compute
+    return Plan(
+        memory(a, w, device), work,
+        roof(a, Decoding(w.seq, w.budget, w.window, dtype), device),
+        roof(a, Decoding(w.seq, None, w.window, dtype), device),
+        sum(item.value for item in work) / (w.gpus * device.flops * mfu),
+    )  # fmt: skip
+
+
+def workload(arguments: Arguments) -> Workload:
+    """The settings of a step.
+
+    Raises:
+        ValueError: settings that do not hold, by name.
+    """
+    for name in ("seq", "window", "gpus", "rows", "global_batch", "r"):
+        if getattr(arguments, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(arguments, name)}")
+    if not 0 < arguments.mfu <= 1:
+        raise ValueError(f"--mfu must be above 0 and at most 1, got {arguments.mfu}")
+    if arguments.gpus > 1 and arguments.strategy == "single":
+        raise ValueError(f"--gpus {arguments.gpus} needs a strategy: set --strategy ddp, fsdp2, zero2 or zero3")
+    if arguments.global_batch % arguments.gpus:
+        raise ValueError(f"--global-batch ({arguments.global_batch}) must be a multiple of --gpus ({arguments.gpus})")
+    if arguments.rows * arguments.gpus > arguments.global_batch:
+        raise ValueError(
+            f"--rows ({arguments.rows}) on {arguments.gpus} devices are more than --global-batch "
+            f"({arguments.global_batch}): lower --rows"
+        )
+    if arguments.budget:
+        EvictionConfig(budget=arguments.budget, window=arguments.window, sinks=0)
+    compute = arguments.weights if arguments.weights in ("float32", "float16") else "bfloat16"
+    return Workload(
+        arguments.seq, arguments.budget or None, arguments.window, arguments.rows, arguments.global_batch,
+        arguments.gpus, arguments.strategy, arguments.weights, compute, arguments.checkpointing, arguments.r,
+        arguments.objective == "distill",
+    )  # fmt: skip
+
+
+def table(title: str, items: Sequence[Item], unit: str, scale: float, digits: int = 2) -> Table:
+    """Items with their formulas, and their sum, or their largest sum at one time."""
+    made = Table("", "formula", unit, title=title, title_justify="left")
+    made.columns[2].justify = "right"
+    for item in sorted(items, key=lambda item: item.phase):
+        when = {"": "", "loss": " (in the loss)", "backward": " (in a layer's backward pass)"}[item.phase]
+        made.add_row(item.name + when, item.formula, f"{item.value / scale:,.{digits}f}")
+    phases = any(item.phase for item in items)
+    name, note = ("peak", "with the larger of the two phases") if phases else ("total", "")
+    made.add_row(name, note, f"{peak(items) / scale:,.{digits}f}", style="bold")
+    return made
+
+
+def decoding_table(title: str, evicted: Roof, full: Roof) -> Table:
+    """Both caches, line by line."""
+    made = Table("", "formula", "evicted", "full", title=title, title_justify="left")
+    for ours, theirs in zip(evicted.items, full.items, strict=True):
+        made.add_row(ours.name, ours.formula, f"{ours.value:,.4g}", f"{theirs.value:,.4g}")
+    formula = "slots / the longer of the two"
+    speeds = [f"{one.tokens_per_second:,.0f}" for one in (evicted, full)]
+    made.add_row("tokens/s at best", formula, *speeds, style="bold")
+    return made
+
+
+def summary(plan: Plan, w: Workload, device: Device, mfu: float) -> str:
+    """A plan in one line, as the headers of recipes state it."""
+    return (
+        f"{w.gpus} x {device.name}, {w.strategy}: {plan.bytes / GIB:.1f} GiB a device, {plan.seconds:.0f} s a step at "
+        f"{mfu:.0%} of the peak"
+    )
+
+
+def show(a: Architecture, w: Workload, device: Device, plan: Plan, mfu: float, console: Console) -> None:
+    """Print a plan."""
+    tokens, where = w.seq * w.rows, f"{w.gpus} x {device.name}, {w.strategy}"
+    console.print(
+        f"{a.name}: {a.parameters:,} parameters, adapter {a.adapter:,}; {a.layers} layers, {a.evicting} of them evict; "
+        f"H {a.hidden}, {a.heads} heads, {a.kv_heads} KV heads, D {a.head_dim}, I {a.intermediate}",
+        highlight=False,
+    )
+    title = f"training, memory of each device ({where}; {tokens:,} tokens a forward pass)"
+    console.print(table(title, plan.memory, "GiB", GIB))
+    fits = plan.bytes <= device.memory
+    console.print(
+        f"{'fits' if fits else 'DOES NOT FIT'}: {plan.bytes / GIB:.1f} of {device.memory / GIB:.1f} GiB",
+        style="green" if fits else "bold red", highlight=False,
+    )  # fmt: skip
+    batch = f"{w.global_batch} rows of {w.seq:,} tokens"
+    console.print(table(f"training, FLOPs of a step ({batch})", plan.flops, "PFLOP", 1e15, 1))
+    console.print(
+        f"{plan.seconds:,.1f} s a step, {w.seq * w.global_batch / plan.seconds:,.0f} tokens/s at {mfu:.0%} of the peak "
+        f"({device.flops:.3g} FLOP/s: {device.source})", highlight=False,
+    )  # fmt: skip
+    title = f"decoding on one {device.name}, {w.compute}, sequences of {w.seq:,} tokens"
+    console.print(decoding_table(title, plan.evicted, plan.full))
+    if plan.full.tokens_per_second:
+        ratio = plan.evicted.tokens_per_second / plan.full.tokens_per_second
+        console.print(f"evicted / full: {ratio:.1f}x tokens/s, {plan.evicted.slots / plan.full.slots:.1f}x slots")
+    console.print(f"bandwidth {device.bandwidth:.3g} bytes/s: {device.source}", highlight=False)
+    console.print(f"in short: {summary(plan, w, device, mfu)}", highlight=False)
+
+
+def run(arguments: Arguments, console: Console) -> Plan:
+    """Plan, print, write.
+
+    Raises:
+        ValueError: one sentence that names the setting and the fix.
+    """
+    w = workload(arguments)
+    device = find_device(arguments.device)
+    a = read_architecture(arguments.model_config, arguments.r)
+    plan = make_plan(a, w, device, arguments.mfu)
+    show(a, w, device, plan, arguments.mfu, console)
+    if arguments.output is not None:
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        values = {"architecture": asdict(a), "workload": asdict(w), "device": asdict(device), **asdict(plan)}
+        arguments.output.write_text(json.dumps(values, indent=1) + "\n")
+    return plan
+
+
+def main(rest: Sequence[str]) -> None:
+    """The command line of `vkvtrain plan`."""
+    run(tyro.cli(Arguments, args=rest, prog="vkvtrain plan"), Console())

@@ -10,11 +10,13 @@ policy, or several, drawn per step or annealed; LoRA through peft; one or many p
 
     --dry-run     print the plan (processes, batch, trainable share, a sample with its loss mask, evictions), take one
                   step on one row, and write nothing
-    --overwrite   replace a finished run in the output directory
+    --overwrite   start afresh where the output directory holds a run, finished or not
     --help        this text and every setting
 
-Writes the adapter, eviction_config.json, recipe.yaml, metrics.jsonl and environment.json to `output`. Bad settings are
-one sentence on standard error and exit status 2, before any model is loaded.
+Writes the adapter, eviction_config.json, recipe.yaml, metrics.jsonl, environment.json, report.md and training.png to
+`output`. A run that was killed or stopped is continued by the same command, from its newest checkpoint. Bad settings
+are one sentence on standard error and exit status 2, before any model is loaded; a loss that is no use is status 1,
+SIGTERM 143 and Ctrl-C 130, each after a checkpoint.
 """
 
 import sys

@@ -34,7 +34,7 @@ def embedded():
     return AutoModelForCausalLM.from_pretrained(str(MODEL_PATH), attn_implementation="vkvtrain").eval()
 
 
-def requests_of(tokenizer, sampling=Sampling(), pairs=(9, 16, 3, 14, 6)):  # noqa: B008 (frozen)
+def requests_of(tokenizer, sampling=Sampling(), pairs=(9, 16, 3, 6)):  # noqa: B008 (frozen)
     prompts = [task.problem("validation", 0, index, count).prompt for index, count in enumerate(pairs)]
     return [Request(tuple(tokenizer(p)["input_ids"]), 150, (i, 0), sampling) for i, p in enumerate(prompts)]
 
@@ -50,7 +50,7 @@ def stock(model, config, request, ends, **arguments):
     return out[0, ids.shape[1] :].tolist(), cache
 
 
-@pytest.mark.parametrize("policy", ["vase_attnv", "h2o", "random", "full"])
+@pytest.mark.parametrize("policy", ["vase_attnv", "full"])
 def test_greedy_answers_are_those_of_generate(policy, embedded, tokenizer):
     """With one slot, fewer than requests and more; and in another order."""
     config = CONFIG.model_copy(update={"policy": policy})
@@ -90,22 +90,27 @@ def test_sampled_answers_do_not_depend_on_slots_or_order(embedded, tokenizer):
     assert sum(a.tokens != b.tokens for a, b in zip(answers, again, strict=True)) >= 2
 
 
-@pytest.mark.parametrize("family", ["Qwen3", "Gemma3", "gpt-oss", "Olmo3"])
-def test_families(family):
+@pytest.mark.parametrize(
+    ("family", "policy"),
+    [("Qwen3", "h2o"), ("Llama", "random"), ("Gemma3", "vase_attnv"), ("gpt-oss", "vase_attnv"), ("Olmo3", "full")],
+)
+def test_families(family, policy):
     """Prompts shorter and longer than budget and sliding window, float64: as `generate` and as the simulation says."""
+    config = SMALL.model_copy(update={"policy": policy})
     model = tiny_family(family, vocab=200)
     prompts = rows_of([3, 30, 1, 17, 60, 9], steps=0, vocab=200)
     limits = [40, 7, 30, 1, 25, 33]
     requests = [Request(tuple(p), n, i) for i, (p, n) in enumerate(zip(prompts, limits, strict=True))]
-    answers = generate(model, SMALL, requests, slots=2, end_tokens=())
+    answers = generate(model, config, requests, slots=2, end_tokens=())
     for place, (request, answer) in enumerate(zip(requests, answers, strict=True)):
-        tokens, _ = stock(model, SMALL, request, ())
+        tokens, _ = stock(model, config, request, ())
         assert answer.tokens == tokens
         assert not answer.finished
         seen = len(request.prompt) + len(tokens) - 1  # the last token is never given to the cache
-        assert answer.evictions == evictions_by(len(request.prompt), seen, 16, 4)
-        assert answer.peak_entries == peak_entries(len(request.prompt), seen, 16, 4)
-        logits, _ = simulate(model, SMALL, [[*request.prompt, *tokens]], [len(request.prompt)], [place])
+        rule = (len(request.prompt), seen, 16, 4)
+        counted = (evictions_by(*rule), peak_entries(*rule)) if config.evicts else (0, seen)
+        assert (answer.evictions, answer.peak_entries) == counted
+        logits, _ = simulate(model, config, [[*request.prompt, *tokens]], [len(request.prompt)], [place])
         expected = logits[0].float().log_softmax(-1)[len(request.prompt) - 1 : -1]
         expected = expected.gather(-1, torch.tensor(tokens)[:, None])[:, 0]
         assert answer.log_probs == pytest.approx(expected.tolist(), abs=1e-5)

@@ -2,10 +2,7 @@
 
 import json
 import math
-import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -23,9 +20,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 from vkvtrain import EvictionConfig, simulated_eviction
 from vkvtrain.events import evictions_by
 from vkvtrain.tiny import MODEL_PATH
-from vkvtrain.training import loop
 from vkvtrain.training.data import Row, load_data, sample, step_batches
-from vkvtrain.training.launch import asked_of_accelerate, asked_processes, check_world_size
 from vkvtrain.training.loop import train, train_step
 from vkvtrain.training.models import load_model
 from vkvtrain.training.objectives import ModelWithLoss
@@ -262,52 +257,6 @@ def test_dropout_of_the_adapter_is_on_in_training(source, tmp_path):
     assert abs(with_dropout["grad_norm"] / without["grad_norm"] - 1) > 0.01
 
 
-@pytest.fixture(scope="module")
-def processes(source, tmp_path_factory):
-    """The same run by one process and by two, and what the two printed."""
-    directory = tmp_path_factory.mktemp("processes")
-    settings = recipe(
-        source, directory / "1", EVICTED, data={"held_out": 8},
-        training={
-            "objective": "distill", "ce_weight": 0.5, "dense_fraction": 0.34, "steps": 3, "global_batch": 12,
-            "batch_per_device": 4,
-        },
-    )  # fmt: skip
-    run(settings)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    script = ["recipes/finetune.py", str(directory / "1" / "recipe.yaml"), "--output", str(directory / "2")]
-    done = subprocess.run(
-        [*launch, *script], cwd=ROOT, env={**os.environ, "ACCELERATE_USE_CPU": "true"}, text=True, capture_output=True,
-        timeout=300, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return directory, done.stdout
-
-
-@pytest.mark.slow
-def test_two_processes_train_like_one(processes):
-    directory, printed = processes
-    one, two = metrics(directory / "1"), metrics(directory / "2")
-    for name in ("loss", "grad_norm"):
-        assert column(two, name) == pytest.approx(column(one, name), rel=1e-5)
-    assert column(two, "kind") == column(one, "kind") == ["evicted", "evicted", "dense"]
-    assert_same_adapter(directory / "2", directory / "1", 2e-3)
-    for name in ("held_out_loss_full", "held_out_loss_evicted_24"):
-        assert two[-1][name] == pytest.approx(one[-1][name], rel=1e-4)
-    assert "2 (asked for 2)" in printed
-    assert "4 a forward pass x 2 accumulated x 2 processes = 12 sequences" in printed
-
-
-@pytest.mark.slow
-def test_two_processes_print_once_and_log_the_whole_batch(processes):
-    directory, printed = processes
-    assert printed.count("asked for") == 1
-    assert printed.count("held_out_loss_full") == 1
-    one, two = metrics(directory / "1")[:2], metrics(directory / "2")[:2]
-    for name in ("evictions", "live_fraction"):
-        assert column(two, name) == pytest.approx(column(one, name), rel=1e-3)
-
-
 def test_a_recipe_gives_the_same_adapter_every_time(source, tmp_path):
     sections = {"lora": {"dropout": 0.1}, "training": {"batch_per_device": 8}}
     logs = [run(recipe(source, tmp_path / name, EVICTED, **sections)) for name in ("a", "b")]
@@ -495,60 +444,3 @@ def test_the_global_batch_does_not_depend_on_the_processes(source, tmp_path, pro
             (index, 0, epoch) for index, epoch in (sample(step * 8 + offset, 20, 0) for offset in range(8))
         )
         assert all(batch.input_ids.shape[0] <= 2 for share in shares for batch in share)
-
-
-def test_the_launch_is_checked(source, tmp_path, monkeypatch):
-    settings = recipe(source, tmp_path, training={"global_batch": 16})
-
-    def check(got, asked):
-        if asked is None:
-            monkeypatch.delenv("WORLD_SIZE", raising=False)
-        else:
-            monkeypatch.setenv("WORLD_SIZE", asked)
-        check_world_size(settings, got)
-
-    for got, asked in ((1, None), (1, ""), (1, "1"), (2, "2"), (16, "16")):
-        check(got, asked)
-        assert asked_processes() == got
-    for got, asked in ((1, "2"), (2, None), (2, "4")):
-        with pytest.raises(ValueError, match=rf"asked for {asked or 1} processes but this run has {got}.*torchrun"):
-            check(got, asked)
-    with pytest.raises(ValueError, match=r"global_batch \(16\) must be a multiple of the 3 processes"):
-        check(3, "3")
-
-
-def test_a_launch_that_lost_its_processes_stops_before_any_model(source, tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(loop, "load_model", lambda *_: pytest.fail("a model was loaded"))
-    with pytest.raises(ValueError, match="asked for 2 processes but this run has 1"):
-        train(recipe(source, tmp_path / "run"))
-    assert not (tmp_path / "run").exists()
-
-
-def test_what_accelerate_was_asked_for(tmp_path):
-    config = tmp_path / "launch.yaml"
-    config.write_text("compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_CPU\nnum_processes: 3\n")
-    for command, asked in (
-        (["python", "accelerate", "launch", "--cpu", "--num_processes", "2", "train.py", "--num_processes", "9"], 2),
-        (["python", "-m", "accelerate.commands.launch", "--num_processes=4", "train.py"], 4),
-        (["accelerate", "launch", "--config_file", str(config), "train.py"], 3),
-        (["accelerate", "launch", "--config_file", str(config), "--num_processes", "1", "train.py"], 1),
-        (["accelerate", "launch", "train.py"], 1),
-        (["bash"], 1),
-        ([], 1),
-    ):
-        assert asked_of_accelerate(command) == asked
-
-
-@pytest.mark.slow
-def test_two_cpu_processes_that_accelerate_drops_silently_are_noticed(source, tmp_path):
-    """`accelerate launch --cpu --num_processes 2` starts one process and sets no WORLD_SIZE (accelerate 1.15)."""
-    path = tmp_path / "recipe.yaml"
-    path.write_text(json.dumps(recipe(source, tmp_path / "run").model_dump(mode="json")))
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
-    done = subprocess.run(
-        [*launch, "recipes/finetune.py", str(path), "--dry-run"], cwd=ROOT, text=True, capture_output=True, timeout=300,
-        check=False,
-    )  # fmt: skip
-    assert done.returncode != 0
-    assert "asked for" in done.stderr

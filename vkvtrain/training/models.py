@@ -33,6 +33,12 @@ def check_model(recipe: Recipe) -> None:
             f"model.quantization {recipe.model.quantization!r} needs bitsandbytes: pip install bitsandbytes, or leave "
             "it out"
         )
+    if recipe.model.quantization != "none" and not torch.cuda.is_available():
+        # seen with 0.50: a 4-bit layer that was once in evaluation mode on a CPU gives no gradient from then on
+        raise ValueError(
+            f"model.quantization {recipe.model.quantization!r} needs a GPU, because bitsandbytes loses gradients on "
+            "CPUs: leave it out"
+        )
     if recipe.lora.continue_from is not None:
         _check_adapter(recipe, recipe.lora.continue_from)
 
@@ -80,8 +86,8 @@ def load_model(recipe: Recipe) -> Any:
     if settings.quantization != "none":
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     if settings.gradient_checkpointing:
-        # recomputation without a second autograd graph is what DDP, FSDP2 and ZeRO need of frozen weights: reentrant
-        # checkpointing gives adapters no gradient unless the embeddings require one, and breaks under DDP
+        # not reentrant, whatever the engine: reentrant checkpointing breaks under DDP, and gives an adapter no gradient
+        # unless the embeddings require one; ZeRO-3, which once needed it, trains the same without (DeepSpeed 0.19)
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
     if lora.continue_from is not None:

@@ -96,8 +96,8 @@ class LoraSettings(Settings):
     """Modules that get an adapter, as peft names them."""
     modules_to_save: list[str] = Field(default_factory=list)
     """Modules that are trained whole and stored with the adapter, for example `[lm_head]`."""
-    init: Literal["default", "gaussian", "orthogonal", "pissa", "pissa_niter_16", "olora"] = "default"
-    """Initialisation; the `pissa` ones and `olora` rewrite the base weights, which rules out `distill`."""
+    init: Literal["default", "gaussian", "orthogonal", "pissa", "olora"] = "default"
+    """Initialisation; `pissa` and `olora` rewrite the base weights, which rules out `distill`."""
     continue_from: str | None = None
     """Directory or Hub name of an adapter to train on from; its own rank, targets and kind hold."""
 

@@ -1,0 +1,283 @@
+"""Several processes: DDP, FSDP2 and DeepSpeed against one process, held-out rows, resuming, and launches gone wrong."""
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+from safetensors.torch import load_file
+
+from vkvtrain.training import loop
+from vkvtrain.training.checkpoints import newest_checkpoint
+from vkvtrain.training.launch import asked_of_accelerate, asked_processes, check_engine, check_world_size
+from vkvtrain.training.logs import read_metrics
+from vkvtrain.training.loop import train
+from vkvtrain.training.settings import Recipe
+
+ROOT = Path(__file__).parents[1]
+EVICTED = {"policy": "vase_attnv", "budget": 24, "window": 8}
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    """accelerate keeps its state in singletons."""
+    yield
+    reset()
+
+
+def reset():
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """Rows of noise with responses of very different lengths."""
+    rng, path = random.Random(0), tmp_path_factory.mktemp("data") / "rows.jsonl"
+    lengths = [(rng.randint(3, 20), rng.choice([1, 4, 15, 60])) for _ in range(48)]
+    rows = [
+        {
+            "prompt": "".join(rng.choices("abcdef", k=prompt)),
+            "completion": "".join(rng.choices("0123456789", k=response)),
+        }
+        for prompt, response in lengths
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def recipe(source, output, eviction=None, **sections):
+    """A short run on the embedded model; sections add to the defaults here."""
+    chosen = {
+        "model": {"name": "tiny"},
+        "data": {"source": str(source), "held_out": 0},
+        "training": {"steps": 3, "global_batch": 12, "batch_per_device": 4},
+        "optim": {"learning_rate": 1e-3, "schedule": "constant", "warmup_steps": 0},
+        "log": {"tracker": "none"},
+    }
+    return Recipe(
+        **{name: {**chosen.get(name, {}), **sections.get(name, {})} for name in {*chosen, *sections}},
+        eviction=eviction, output=output,
+    )  # fmt: skip
+
+
+def launch(script, *arguments, **environment):
+    """Run a script in two processes that know of each other; what it printed."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *script]
+    done = subprocess.run(
+        [*command, *map(str, arguments)], cwd=ROOT, env={**os.environ, **environment}, text=True, capture_output=True,
+        timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def metrics(directory):
+    return read_metrics(directory / "metrics.jsonl")
+
+
+def column(rows, name):
+    return [row[name] for row in rows]
+
+
+def assert_same_adapter(ours, theirs, relative):
+    """Weight by weight, the norm of the difference against the norm."""
+    ours, theirs = (load_file(directory / "adapter_model.safetensors") for directory in (ours, theirs))
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert (ours[name] - theirs[name]).norm() <= relative * theirs[name].norm(), name
+
+
+CPU_PROCESSES = {"ACCELERATE_USE_CPU": "true"}
+
+
+@pytest.fixture(scope="module")
+def one(source, tmp_path_factory):
+    """A run by one process, with a checkpoint after its second step."""
+    settings = recipe(
+        source, tmp_path_factory.mktemp("one") / "run", EVICTED, data={"held_out": 7}, checkpoint={"every": 2},
+        training={"objective": "distill", "ce_weight": 0.5, "dense_fraction": 0.34},
+    )  # fmt: skip
+    train(settings)
+    reset()
+    return settings
+
+
+def cut(one, output):
+    """The run of one process as if it had been killed after its checkpoint; the path of a recipe that continues it."""
+    shutil.copytree(one.output, output)
+    (output / "adapter_model.safetensors").unlink()
+    assert newest_checkpoint(output).name == "step-00000002"
+    return output / "recipe.yaml"
+
+
+def assert_same_run(ours, theirs, relative=1e-5):
+    """Logs and adapters."""
+    two, one = metrics(ours), metrics(theirs)
+    for name in ("loss", "grad_norm"):
+        assert column(two, name) == pytest.approx(column(one, name), rel=relative)
+    assert column(two, "kind") == column(one, "kind") == ["evicted", "evicted", "dense"]
+    for name in ("evictions", "live_fraction"):
+        assert column(two[:2], name) == pytest.approx(column(one[:2], name), rel=1e-3)
+    for name in ("held_out_loss_full", "held_out_loss_evicted_24", "held_out_gap_evicted_24"):
+        assert two[-1][name] == pytest.approx(one[-1][name], rel=1e-4)
+    assert_same_adapter(ours, theirs, 2e-3)
+
+
+@pytest.mark.slow
+def test_two_processes_train_like_one_and_print_once(one, tmp_path):
+    printed = launch(["recipes/finetune.py"], one.output / "recipe.yaml", "--output", tmp_path / "two", **CPU_PROCESSES)
+    assert_same_run(tmp_path / "two", one.output)
+    assert "2 (asked for 2)" in printed
+    assert "4 a forward pass x 2 accumulated x 2 processes = 12 sequences" in printed
+    assert printed.count("asked for") == printed.count("held_out_loss_full") == 1
+
+
+@pytest.mark.slow
+def test_two_processes_continue_what_one_began(one, tmp_path):
+    path = cut(one, tmp_path / "two")
+    printed = launch(["recipes/finetune.py"], path, "--output", tmp_path / "two", **CPU_PROCESSES)
+    assert printed.count("continues after step 2, from") == 1
+    assert_same_run(tmp_path / "two", one.output)
+
+
+DEEPSPEED = ["tests/deepspeed_cpu.py", "recipes/finetune.py"]
+
+
+def zero(stage):
+    return {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": str(stage)}
+
+
+@pytest.mark.slow
+def test_zero_2_trains_like_one_process_which_continues_what_it_began(one, tmp_path):
+    launch(DEEPSPEED, one.output / "recipe.yaml", "--output", tmp_path / "zero", **zero(2))
+    assert_same_run(tmp_path / "zero", one.output)
+    cut(one.model_copy(update={"output": tmp_path / "zero"}), tmp_path / "again")
+    train(one.model_copy(update={"output": tmp_path / "again"}))
+    assert_same_run(tmp_path / "again", one.output)
+
+
+@pytest.mark.slow
+def test_zero_3_continues_what_one_process_began(one, tmp_path):
+    path = cut(one, tmp_path / "zero")
+    launch(DEEPSPEED, path, "--output", tmp_path / "zero", **zero(3))
+    assert_same_run(tmp_path / "zero", one.output)
+
+
+@pytest.mark.slow
+def test_gradients_of_ddp_and_fsdp2_are_those_of_one_process(source, tmp_path):
+    """In float64: the gradient, the updated adapter, the held-out losses; and which rank saw what."""
+    settings = recipe(
+        source, tmp_path / "unused", EVICTED, data={"held_out": 5}, optim={"max_grad_norm": 1000.0},
+        training={"global_batch": 6, "batch_per_device": 2},
+    )  # fmt: skip
+    path = tmp_path / "recipe.yaml"
+    path.write_text(json.dumps(settings.model_dump(mode="json")))
+    launch(["tests/two_processes.py"], path, tmp_path / "two", **CPU_PROCESSES)
+    subprocess.run(
+        [sys.executable, "tests/two_processes.py", str(path), str(tmp_path / "one")], cwd=ROOT, check=True, timeout=300
+    )
+    for ours, theirs in (("gradients", "gradients"), ("weights", "weights"), ("fsdp2", "gradients")):
+        two, one = (
+            load_file(tmp_path / place / f"{name}.safetensors") for place, name in (("two", ours), ("one", theirs))
+        )
+        assert two.keys() == one.keys()
+        for name in one:
+            assert one[name].dtype == torch.float64
+            assert one[name].abs().max() > 0
+            assert (two[name] - one[name]).abs().max() <= 1e-12 * one[name].abs().max(), (ours, name)
+    first, second = (json.loads((tmp_path / "two" / f"rank{rank}.json").read_text()) for rank in (0, 1))
+    alone = json.loads((tmp_path / "one" / "rank0.json").read_text())
+    assert len(first["streams"]) == len(second["streams"]) == 3
+    assert sorted(first["streams"] + second["streams"]) == sorted(alone["streams"])
+    assert not {map(tuple, first["streams"])} & {map(tuple, second["streams"])}
+    assert first["held_out"] == second["held_out"] == alone["held_out"]
+
+
+def test_an_engine_that_accelerate_drops_silently_is_noticed(monkeypatch):
+    accelerator = Accelerator(cpu=True)
+    check_engine(accelerator)
+    for variable, name in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):
+        with monkeypatch.context() as patch:
+            patch.setenv(variable, "true")
+            with pytest.raises(ValueError, match=rf"asked for {name} but this run has NO .*multi_gpu.yaml"):
+                check_engine(accelerator)
+
+
+@pytest.mark.slow
+def test_fsdp_on_cpu_processes_is_refused_before_any_model(source, tmp_path):
+    """accelerate 1.15 gives DDP instead, without a word."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text(json.dumps(recipe(source, tmp_path / "run").model_dump(mode="json")))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*command, "recipes/finetune.py", str(path)], cwd=ROOT, text=True, capture_output=True, timeout=300,
+        check=False, env={**os.environ, **CPU_PROCESSES, "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"},
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert "the launcher was asked for FSDP but this run has MULTI_CPU" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_launch_is_checked(source, tmp_path, monkeypatch):
+    settings = recipe(source, tmp_path, training={"global_batch": 16})
+
+    def check(got, asked):
+        if asked is None:
+            monkeypatch.delenv("WORLD_SIZE", raising=False)
+        else:
+            monkeypatch.setenv("WORLD_SIZE", asked)
+        check_world_size(settings, got)
+
+    for got, asked in ((1, None), (1, ""), (1, "1"), (2, "2"), (16, "16")):
+        check(got, asked)
+        assert asked_processes() == got
+    for got, asked in ((1, "2"), (2, None), (2, "4")):
+        with pytest.raises(ValueError, match=rf"asked for {asked or 1} processes but this run has {got}.*torchrun"):
+            check(got, asked)
+    with pytest.raises(ValueError, match=r"global_batch \(16\) must be a multiple of the 3 processes"):
+        check(3, "3")
+
+
+def test_a_launch_that_lost_its_processes_stops_before_any_model(source, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(loop, "load_model", lambda *_: pytest.fail("a model was loaded"))
+    with pytest.raises(ValueError, match="asked for 2 processes but this run has 1"):
+        train(recipe(source, tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_accelerate_was_asked_for(tmp_path):
+    config = tmp_path / "launch.yaml"
+    config.write_text("compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_CPU\nnum_processes: 3\n")
+    for command, asked in (
+        (["python", "accelerate", "launch", "--cpu", "--num_processes", "2", "train.py", "--num_processes", "9"], 2),
+        (["python", "-m", "accelerate.commands.launch", "--num_processes=4", "train.py"], 4),
+        (["accelerate", "launch", "--config_file", str(config), "train.py"], 3),
+        (["accelerate", "launch", "--config_file", str(config), "--num_processes", "1", "train.py"], 1),
+        (["accelerate", "launch", "train.py"], 1),
+        (["bash"], 1),
+        ([], 1),
+    ):
+        assert asked_of_accelerate(command) == asked
+
+
+@pytest.mark.slow
+def test_two_cpu_processes_that_accelerate_drops_silently_are_noticed(source, tmp_path):
+    """`accelerate launch --cpu --num_processes 2` starts one process and sets no WORLD_SIZE (accelerate 1.15)."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text(json.dumps(recipe(source, tmp_path / "run").model_dump(mode="json")))
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    done = subprocess.run(
+        [*launch, "recipes/finetune.py", str(path), "--dry-run"], cwd=ROOT, text=True, capture_output=True, timeout=300,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert "asked for" in done.stderr

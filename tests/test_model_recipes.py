@@ -122,3 +122,5 @@ def test_headers_state_what_the_plan_says(name):
     )
     assert f"#   {stated}\n" in header
     assert f"recipes/{name}/vase.yaml" in header
+    (launch,) = re.findall(r"--config_file (\S+)", header)
+    assert (RECIPES.parent / launch).is_file()

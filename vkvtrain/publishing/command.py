@@ -32,9 +32,10 @@ class Arguments:
     merge: bool = False
     """Publish whole weights with the adapter merged into them, instead of the adapter."""
     results: Path | None = None
-    """Evaluation of the run and its controls: a results.json. Default: RUN/results.json, or the one beside RUN."""
+    """Evaluation of the run and its controls: the output of `vkvtrain ablate`, or a results.json as `make demo` writes
+    it. Default: RUN/results.json, or the one beside RUN."""
     results_model: str | None = None
-    """What the results call this run. Default: the name of its directory."""
+    """What the results call this run. Default: found by its weights, in a results.json the name of its directory."""
     not_evaluated: bool = False
     """Publish without an evaluation; the card then says so."""
     base_name: str | None = None
@@ -57,6 +58,10 @@ def evaluation_of(arguments: Arguments) -> Evaluation | None:
             f"{str(arguments.run)!r} has no evaluation ({RESULTS} in it or beside it): give one with --results, or "
             "pass --not-evaluated, which the card will then say"
         )
+    if path.is_dir():
+        from vkvtrain.publishing.sweep import read_sweep
+
+        return read_sweep(path, arguments.run, arguments.results_model)
     evaluation = read_results(path, arguments.results_model or arguments.run.resolve().name)
     if path.stat().st_mtime < (arguments.run / "adapter_model.safetensors").stat().st_mtime:
         print(f"note: {path} is older than the adapter: is it an evaluation of this one?", file=sys.stderr)

@@ -3,33 +3,39 @@
 import json
 import random
 import shutil
+from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
 from test_publishing import MODEL_PATH, publish, refused, write_run
 
-from vkvtrain.ablation.plan import ADAPTER, hash_of
+from vkvtrain.ablation.grid import Sweep
+from vkvtrain.ablation.plan import make_plan, settings_of
 from vkvtrain.ablation.store import Store
 
+ROOT = Path(__file__).parents[1]
 TASK, POLICY, BUDGET = "tiny_keyed_sum", "vase_attnv", 48
 ACCURACY = {
     ("base", "full"): 1.0, ("dense", "full"): 1.0, ("eviction", "full"): 0.95,
     ("base", POLICY): 0.15, ("dense", POLICY): 0.3, ("eviction", POLICY): 0.9,
 }  # fmt: skip
+"""By model and policy; what is not named is not finished."""
 
 
 def write_sweep(directory, run, without=()):
-    """A finished sweep that measured the run as `eviction`, without some of its cells."""
-    store, cells = Store(directory), []
-    draw = random.Random(0)
-    for number, ((model, policy), accuracy) in enumerate(ACCURACY.items()):
-        full = policy == "full"
-        settings = {
-            "cell": f"cell{number}", "model": model, "policy": policy, "budget": None if full else BUDGET,
-            "window": None if full else 16, "sinks": None if full else 4, "protect_prompt": False,
-            "control": model != "eviction", "task": TASK, "limit": None, "seed": 0,
-        }  # fmt: skip
-        cells.append({**settings, "name": f"{model} {policy}"})
+    """A sweep that measured the run as `eviction`: its plan is a real one, its samples are drawn."""
+    sweep = Sweep(
+        model=str(run.parent / "base"), adapters={"eviction": str(run), "dense": str(run.parent / "dense")},
+        policies=[POLICY], budgets=[BUDGET], window=16, tasks=[TASK], include_path=str(ROOT / "eval/tasks"),
+        output=directory,
+    )  # fmt: skip
+    store, plan, draw = Store(directory), make_plan(sweep), random.Random(0)
+    for planned in plan.cells:
+        settings = {"cell": planned.id, **settings_of(planned)}
+        accuracy = ACCURACY.get((settings["model"], settings["policy"]))
+        if accuracy is None or (settings["model"], settings["policy"]) in without:
+            continue
+        full = settings["policy"] == "full"
         rows = [
             {
                 "doc_id": doc, "repeat": 0, "grade": float(draw.random() < accuracy), "tokens": 130.0,
@@ -39,17 +45,8 @@ def write_sweep(directory, run, without=()):
             }
             for doc in range(60)
         ]  # fmt: skip
-        if (model, policy) not in without:
-            store.write(rows, settings, {})
-    adapter = hash_of([run / part for part in ADAPTER], run)
-    fingerprints = {"base": {}, "dense": {"adapter": "of another"}, "eviction": {"adapter": adapter}}
-    store.write_plan(
-        {
-            "models": {name: {"fingerprint": json.dumps(value)} for name, value in fingerprints.items()},
-            "tasks": {TASK: {"metric": "exact_match"}},
-            "cells": cells,
-        }
-    )
+        store.write(rows, settings, {})
+    store.write_plan(plan.record())
     return directory
 
 
@@ -58,8 +55,16 @@ def run(tmp_path_factory):
     root = tmp_path_factory.mktemp("sweep")
     shutil.copytree(MODEL_PATH, root / "base")
     write_run(root / "mine", root / "base")
+    shutil.copytree(root / "mine", root / "dense")
+    change(root / "dense", lora_alpha=2)
     (root / "results.json").unlink()
     return root / "mine"
+
+
+def change(directory, **settings):
+    """Make an adapter another one."""
+    path = directory / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
 
 
 def arguments(run, sweep, out):
@@ -79,7 +84,7 @@ def test_a_sweep_gives_the_table_the_gap_and_the_comparisons(run, tmp_path):
     compared = [line for line in card.text.splitlines() if "dense-trained, evicted alike" in line]
     assert len(compared) == 1
     assert compared[0].endswith("| 60 |")
-    assert "not measured" not in card.text
+    assert "Controls that were not measured" not in card.text
     found = {(r.metric_type, r.metric_args["cache"]) for r in card.data.eval_results}
     assert found == {("exact_match", "full"), ("exact_match", "evicted")}
     assert {r.dataset_type for r in card.data.eval_results} == {TASK}
@@ -89,7 +94,7 @@ def test_what_a_sweep_has_not_finished_is_said(run, tmp_path):
     sweep = write_sweep(tmp_path / "sweep", run, without=[("dense", POLICY)])
     publish(*arguments(run, sweep, tmp_path / "out"))
     text = (tmp_path / "out/README.md").read_text()
-    assert r"**Planned and not measured:** dense vase\_attnv." in text
+    assert r"**Planned and not measured:** tiny\_keyed\_sum: dense, vase\_attnv 48, seed 0; tiny" in text
     assert "**Controls that were not measured:** a dense-trained adapter on the same data evicted by vase" in text
 
 
@@ -97,15 +102,14 @@ def test_a_sweep_must_have_measured_these_weights(run, tmp_path, capsys):
     sweep = write_sweep(tmp_path / "sweep", run)
     other = tmp_path / "mine"
     shutil.copytree(run, other)
-    settings = json.loads((other / "adapter_config.json").read_text())
-    (other / "adapter_config.json").write_text(json.dumps({**settings, "lora_alpha": 1}))
+    change(other, lora_alpha=1)
     said = refused(capsys, *arguments(other, sweep, tmp_path / "out"))
     assert "measured other weights than those in" in said
     assert "run the sweep again with this adapter" in said
     assert "measured other weights" in refused(
         capsys, *arguments(run, sweep, tmp_path / "out"), "--results-model", "dense"
     )
-    assert "the sweep has no such model (there are: base, dense, eviction)" in refused(
+    assert "the sweep has no such model (there are: base, eviction, dense)" in refused(
         capsys, *arguments(run, sweep, tmp_path / "out"), "--results-model", "mine"
     )
 

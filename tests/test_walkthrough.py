@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard
 
 ROOT = Path(__file__).parents[1]
 DOCUMENT = ROOT / "docs/walkthrough.md"
-SMALL = {"ROWS": 40, "STEPS": 4, "LIMIT": 4}
+SMALL = {"ROWS": 40, "STEPS": 4, "LIMIT": 4, "BUDGETS": '"[64]"'}
 
 
 def blocks() -> list[tuple[str, str]]:
@@ -22,7 +22,7 @@ def blocks() -> list[tuple[str, str]]:
 def smaller(settings: str) -> str:
     """The first block, with the numbers of `SMALL`."""
     for name, value in SMALL.items():
-        settings, found = re.subn(rf"^{name}=\d+", f"{name}={value}", settings, flags=re.MULTILINE)
+        settings, found = re.subn(rf'^{name}=(\d+|".*?")', f"{name}={value}", settings, flags=re.MULTILINE)
         assert found == 1, f"the walk-through has lost {name}"
     return settings
 

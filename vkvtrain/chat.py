@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
@@ -25,7 +25,7 @@ class Arguments:
     the input stops. A model without a chat template continues the text of the line.
     """
 
-    model: tyro.conf.Positional[str]
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """Directory or Hub repository that `vkvtrain publish` or a recipe wrote."""
     revision: str | None = None
     """Branch, tag or commit of the repository."""
@@ -34,11 +34,11 @@ class Arguments:
     max_new_tokens: int = 1024
     """Most tokens of one answer."""
     temperature: float = 0.6
-    """Of sampling; 0 is greedy."""
+    """Sampling temperature; 0 is greedy."""
     top_p: float = 0.95
     """Share of the probability that is sampled from."""
     seed: int = 0
-    """Of sampling."""
+    """Seed of sampling."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of the weights."""
 

@@ -197,7 +197,7 @@ class Results:
     answered, looping, metrics['name'], prompt, target, response.
     """
 
-    directory: Annotated[Path, tyro.conf.Positional]
+    directory: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SWEEP")]
     """Output directory of a sweep."""
     where: str | None = None
     """An SQL condition on samples, for example "budget = 64 AND policy = 'snapkv'"."""
@@ -211,7 +211,7 @@ class Results:
 
 def results(arguments: list[str]) -> None:
     """The command line of `vkvtrain results`."""
-    given = tyro.cli(Results, args=arguments, prog="vkvtrain results")
+    given = tyro.cli(Results, args=arguments, prog="vkvtrain results", config=(tyro.conf.FlagCreatePairsOff,))
     store = Store.existing(given.directory)
     cells = None if given.every else [cell["cell"] for cell in store.plan()["cells"]]
     console = Console(width=max(Console().width, 150))
@@ -232,7 +232,7 @@ def results(arguments: list[str]) -> None:
 class Report:
     """Write the report of a sweep: report.md with its figures, and report.html, one page that loads nothing."""
 
-    directory: Annotated[Path, tyro.conf.Positional]
+    directory: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SWEEP")]
     """Output directory of a sweep."""
     output: Path | None = None
     """Directory to write; by default `report` in the sweep's."""

@@ -227,4 +227,4 @@ def run(arguments: Arguments) -> None:
 
 def main(rest: list[str]) -> None:
     """The command line of `vkvtrain inspect`."""
-    run(tyro.cli(Arguments, args=rest, prog="vkvtrain inspect"))
+    run(tyro.cli(Arguments, args=rest, prog="vkvtrain inspect", config=(tyro.conf.FlagCreatePairsOff,)))

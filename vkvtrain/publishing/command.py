@@ -3,6 +3,7 @@
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 from huggingface_hub.utils import validate_repo_id
@@ -21,7 +22,7 @@ class Arguments:
     or --results. --push uploads what was written; a new repository is private until --public.
     """
 
-    run: tyro.conf.Positional[Path]
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """Output directory of a finished run."""
     to: Path | None = None
     """Directory to write. Default with --push: RUN/published."""
@@ -96,6 +97,6 @@ def run(arguments: Arguments) -> None:
 def main(rest: list[str]) -> None:
     """The command line of `vkvtrain publish`."""
     try:
-        run(tyro.cli(Arguments, args=rest, prog="vkvtrain publish"))
+        run(tyro.cli(Arguments, args=rest, prog="vkvtrain publish", config=(tyro.conf.FlagCreatePairsOff,)))
     except PushError as error:
         sys.exit(f"vkvtrain publish: {error}")

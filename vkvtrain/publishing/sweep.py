@@ -1,6 +1,5 @@
 """What a sweep of `vkvtrain ablate` measured of a run and of its controls."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +43,10 @@ def read_sweep(directory: Path, run: Path, name: str | None) -> Evaluation:
 
 def _model_of(plan: dict[str, Any], directory: Path, run: Path, name: str | None) -> str:
     """What the sweep calls the run; raises ValueError unless its weights are the run's."""
-    adapters = {key: json.loads(model["fingerprint"]).get("adapter") for key, model in plan["models"].items()}
+    adapters = {
+        key: None if model["peft"] is None else model["fingerprint"].rpartition("+")[2]
+        for key, model in plan["models"].items()
+    }
     ours = hash_of([run / part for part in ADAPTER], run)
     if name is None:
         name = next((key for key, adapter in adapters.items() if adapter == ours), None)

@@ -5,29 +5,40 @@ import sys
 from itertools import takewhile
 from typing import Any
 
-_HELP = """usage: vkvtrain [-h] [--version] {data,inspect,lm-eval,ablate,results,report,publish,plan,chat} ...
+_HELP = """usage: vkvtrain [-h] [--version] COMMAND ...
 
-  data      preview RECIPE: rows as the trainer sees them, their lengths, evictions and loss masks;
-            generate: training traces by the model itself under the full cache, kept if a verifier says they are right:
+Fine-tune models while their KV cache is being evicted, and evaluate them with the evicting cache. In the order of use:
+
+  plan      memory per device, FLOPs and time of a training step, slots and tokens/s of decoding, each with its formula:
+            vkvtrain plan --model-config qwen3-8b --seq 32768 --budget 4096 --gpus 8 --strategy fsdp2 --device h100
+  data      generate: training traces by the model itself under the full cache, kept if a verifier says they are right:
             vkvtrain data generate --model Qwen/Qwen3-0.6B --source problems.jsonl --output traces.jsonl
-  inspect   what a policy keeps of a text: a table, a picture and a page. Try it without arguments, or with
-            --model Qwen/Qwen3-0.6B --text story.txt --policy vase_attnv --compare snapkv; see inspect --help
-  lm-eval   lm-eval with the model `vkv`, whose generation uses the evicting cache; takes lm-eval's own arguments:
-            vkvtrain lm-eval run --model vkv --model_args pretrained=...,policy=vase_attnv,budget=2048,window=64
-            --tasks ... --output_path ... --log_samples
-            (peft=... adds an adapter; without policy= the cache is full)
-  ablate    run a grid of models, policies, budgets, tasks and seeds with its controls, each cell an lm-eval process;
-            a rerun continues: vkvtrain ablate eval/sweeps/quickstart.yaml --limit 50; see ablate --help
+            preview: rows as the trainer sees them, their lengths, evictions and loss masks:
+            vkvtrain data preview recipes/tiny/vase.yaml
+  inspect   what a policy keeps of a text, as a table, a picture and a page; without arguments, of the embedded model's
+            own task: vkvtrain inspect --model Qwen/Qwen3-0.6B --text story.txt --policy vase_attnv --compare snapkv
+  lm-eval   lm-eval with the model `vkv`, whose generation uses the evicting cache; takes lm-eval's own arguments
+            (peft=... adds an adapter; without policy= the cache is full): vkvtrain lm-eval run --model vkv
+            --model_args pretrained=...,policy=vase_attnv,budget=2048,window=64 --tasks ... --output_path ...
+  ablate    a grid of models, policies, budgets, tasks and seeds with its controls, each cell an lm-eval process;
+            a rerun continues: vkvtrain ablate eval/sweeps/quickstart.yaml --limit 50
   results   list, filter and export what a sweep measured: vkvtrain results runs/sweeps/quickstart --where "budget = 64"
   report    Markdown and a page of a sweep, with intervals, comparisons and curves:
             vkvtrain report runs/sweeps/quickstart
   publish   a finished run as a directory or Hub repository that stands on its own: adapter or merged weights, eviction
-            setting, tokenizer, model card with what was measured: vkvtrain publish runs/x --to DIR --push user/name
-  plan      memory per device, FLOPs and time of a training step, slots and tokens/s of decoding, each with its formula:
-            vkvtrain plan --model-config qwen3-8b --seq 32768 --budget 4096 --gpus 8 --strategy fsdp2 --device h100
+            setting, tokenizer, model card with what was measured:
+            vkvtrain publish runs/x --results runs/sweeps/x --to DIR --push user/name
   chat      talk to a published model or a finished run while its cache is evicted: vkvtrain chat DIR
 
-Training is launched by recipes: see recipes/finetune.py --help.
+Training is launched by recipes, between data and lm-eval: see recipes/finetune.py --help. The whole path on the
+embedded model is docs/walkthrough.md. Every command has its own --help.
+"""
+_DATA_HELP = """usage: vkvtrain data {generate,preview} ...
+
+  generate   training traces by the model itself under the full cache, kept if a verifier says they are right
+  preview    rows of a recipe as the trainer sees them, their lengths, evictions and loss masks
+
+Each has its own --help.
 """
 
 
@@ -44,7 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     commands = {
         command.__name__.replace("_", "-"): command
-        for command in (data, inspect, lm_eval, ablate, results, report, publish, plan, chat)
+        for command in (plan, data, inspect, lm_eval, ablate, results, report, publish, chat)
     }
     if rest[0] not in commands:
         print(f"vkvtrain: there is no command {rest[0]!r} (known: {', '.join(commands)})", file=sys.stderr)
@@ -63,8 +74,11 @@ def data(arguments: list[str]) -> None:
         from vkvtrain.training.data.preview import main as run
     elif arguments[:1] == ["generate"]:
         from vkvtrain.traces.command import main as run
+    elif arguments[:1] in (["-h"], ["--help"]):
+        print(_DATA_HELP, end="")
+        return
     else:
-        raise ValueError("say what to do: preview or generate; see vkvtrain --help")
+        raise ValueError("say what to do: preview or generate; see vkvtrain data --help")
     run(arguments[1:])
 
 

@@ -52,6 +52,7 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "on policy, reverse KL": {
         "training.objective": "on_policy", "training.divergence": "reverse_kl", "training.rollout_tokens": 160,
     },
+    "sft, three policies": {"eviction.policy": ["vase_attnv", "rkv", "snapkv"]},
 }  # fmt: skip
 """By name, what is changed of the recipe; a fifth of the steps is dense unless it says otherwise."""
 
@@ -63,7 +64,7 @@ CACHES: dict[str, dict[str, Any]] = {
     "snapkv 64": {"policy": "snapkv", "budget": 64},
     "random + prompt 64": {"policy": "random", "budget": 64, "protect_prompt": True},
 }
-"""Columns: what decodes. The last three were never trained for."""
+"""Columns: what decodes. The last three were never trained for, but R-KV and SnapKV by `sft, three policies`."""
 
 
 @dataclass
@@ -211,7 +212,8 @@ def differences(settings: Settings) -> list[str]:
                 for side in (name, "sft")
             )
             estimate = paired_interval(ours, theirs)
-            row.append(f"{100 * estimate['value']:+.0f} [{100 * estimate['low']:+.0f}, {100 * estimate['high']:+.0f}]")
+            value, low, high = (round(100 * estimate[end]) for end in ("value", "low", "high"))
+            row.append(f"{value:+d} [{low:+d}, {high:+d}]")
         lines.append(f"| {name} | {' | '.join(row)} |")
     return lines
 

@@ -38,7 +38,7 @@ def test_every_objective_is_a_recipe_of_its_own(comparison, tmp_path):
         for name in comparison.OBJECTIVES
         for seed in settings.seeds
     ]
-    assert len({recipe.output for recipe in recipes}) == len(recipes) == 24
+    assert len({recipe.output for recipe in recipes}) == len(recipes) == 27
     for recipe in recipes:
         assert (recipe.training.steps, recipe.training.global_batch, recipe.data.rows) == (120, 8, 960)
     used = {(r.training.objective, r.training.divergence) for r in recipes if r.training.has_teacher}

@@ -24,7 +24,7 @@ demo-real: .venv/installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python recipes/smollm2/demo.py
 
 test: .venv/installed
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 .venv-oldest/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-oldest

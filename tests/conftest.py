@@ -17,6 +17,10 @@ settings.register_profile(
 settings.load_profile("vkvtrain")
 
 
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)  # first, so that no worker waits for them
+
+
 def pytest_addoption(parser):
     parser.addoption("--write-tables", action="store_true", help="write the README's tables from these outcomes")
 

@@ -328,7 +328,12 @@ def test_the_log_names_policies_budgets_and_parts_of_the_loss(source, tmp_path):
     for row in rows:
         assert row["loss"] == pytest.approx(row["divergence"] + 0.5 * row["cross_entropy"], rel=1e-5)
         assert row["entropy"] > 0
-    held_out = {f"held_out_loss_{policy}_{budget}" for policy in ("snapkv", "random") for budget in (24, 40)}
+    held_out = {
+        f"held_out_{what}_{policy}_{budget}"
+        for what in ("loss", "gap")
+        for policy in ("snapkv", "random")
+        for budget in (24, 40)
+    }
     assert {name for name in rows[-1] if name.startswith("held_out")} == {*held_out, "held_out_loss_full"}
 
 

@@ -36,7 +36,11 @@ def embedded():
 
 def requests_of(tokenizer, sampling=Sampling(), pairs=(9, 16, 3, 6)):  # noqa: B008 (frozen)
     prompts = [task.problem("validation", 0, index, count).prompt for index, count in enumerate(pairs)]
-    return [Request(tuple(tokenizer(p)["input_ids"]), 150, (i, 0), sampling) for i, p in enumerate(prompts)]
+    limits = (150, 150, 150, 60)
+    return [
+        Request(tuple(tokenizer(prompt)["input_ids"]), limit, (i, 0), sampling)
+        for i, (prompt, limit) in enumerate(zip(prompts, limits, strict=True))
+    ]
 
 
 def stock(model, config, request, ends, **arguments):

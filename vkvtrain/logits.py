@@ -68,6 +68,11 @@ def attend(
         is_causal: query i sees entries 0 to i; not with `visible`.
     """
     if form.softcap is None and form.sinks is None:
+        if query.shape[2] == 1 and not is_causal:
+            # the heads of a group as queries of their KV head: no entry is repeated
+            grouped = query.unflatten(1, (key.shape[1], -1))[:, :, :, 0]
+            out = scaled_dot_product_attention(grouped, key, value, attn_mask=visible, scale=form.scaling)
+            return out.flatten(1, 2)[:, :, None]
         return scaled_dot_product_attention(
             query, key, value, attn_mask=visible, is_causal=is_causal, scale=form.scaling, enable_gqa=True
         )

@@ -36,11 +36,7 @@ def embedded():
 
 def requests_of(tokenizer, sampling=Sampling(), pairs=(9, 16, 3, 6)):  # noqa: B008 (frozen)
     prompts = [task.problem("validation", 0, index, count).prompt for index, count in enumerate(pairs)]
-    limits = (150, 150, 150, 60)
-    return [
-        Request(tuple(tokenizer(prompt)["input_ids"]), limit, (i, 0), sampling)
-        for i, (prompt, limit) in enumerate(zip(prompts, limits, strict=True))
-    ]
+    return [Request(tuple(tokenizer(p)["input_ids"]), 150, (i, 0), sampling) for i, p in enumerate(prompts)]
 
 
 def stock(model, config, request, ends, **arguments):
@@ -59,6 +55,7 @@ def test_greedy_answers_are_those_of_generate(policy, embedded, tokenizer):
     """With one slot, fewer than requests and more; and in another order."""
     config = CONFIG.model_copy(update={"policy": policy})
     requests, ends = requests_of(tokenizer), {tokenizer.eos_token_id}
+    requests[3] = replace(requests[3], max_new_tokens=60)
     answers = generate(embedded, config, requests, slots=3, end_tokens=ends)
     for request, answer in zip(requests, answers, strict=True):
         tokens, cache = stock(embedded, config, request, ends)

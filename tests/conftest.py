@@ -1,6 +1,7 @@
 """Tiny models built from configurations, and the two passes that the parity tests compare."""
 
 import os
+import signal
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -10,6 +11,8 @@ import torch
 from families import FAMILIES
 from hypothesis import HealthCheck, settings
 
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # so in a background job of a script, and its children inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)
 settings.register_profile(
     "vkvtrain", deadline=None, max_examples=25, derandomize=True, suppress_health_check=[HealthCheck.too_slow]

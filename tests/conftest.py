@@ -1,13 +1,19 @@
-"""Tiny models built from configurations, and the two passes that the parity tests compare."""
+"""What all tests share: threads, examples of hypothesis, fixtures, the order, the README's tables."""
 
+import importlib.util
+import json
 import os
+import random
 import signal
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import pytest
 import readme_tables
 import torch
+from accelerate.state import AcceleratorState, GradientState
 from families import FAMILIES
 from hypothesis import HealthCheck, settings
 
@@ -18,6 +24,42 @@ settings.register_profile(
     "vkvtrain", deadline=None, max_examples=25, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("vkvtrain")
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    """accelerate keeps its state in singletons, which fixtures of a module that train leave as well."""
+    reset_accelerator()
+    yield
+    reset_accelerator()
+
+
+def reset_accelerator():
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.fixture(scope="session")
+def finetune():
+    """The `main` of recipes/finetune.py."""
+    path = Path(__file__).parents[1] / "recipes" / "finetune.py"
+    spec = importlib.util.spec_from_file_location("finetune", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main
+
+
+@pytest.fixture(scope="session")
+def noise(tmp_path_factory):
+    """A file of rows of noise, which no model knows, with responses of very different lengths."""
+    rng, path = random.Random(0), tmp_path_factory.mktemp("data") / "noise.jsonl"
+    lengths = [(rng.randint(3, 20), rng.choice([1, 4, 15, 60])) for _ in range(48)]
+    rows = [
+        {"prompt": "".join(rng.choices("abcdef", k=prompt)), "completion": "".join(rng.choices("0123456789", k=more))}
+        for prompt, more in lengths
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
 
 
 def pytest_collection_modifyitems(items):

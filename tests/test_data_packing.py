@@ -6,7 +6,6 @@ import random
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
@@ -21,14 +20,6 @@ from vkvtrain.training.settings import DataSettings, Recipe
 from vkvtrain.training.watch import Watch
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    """accelerate keeps its state in singletons."""
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
 
 
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=24), st.integers(1, 4))

@@ -7,6 +7,7 @@ import re
 import pytest
 from chat_templates import chat_tokenizer
 from rich.console import Console
+from short_runs import short_recipe
 
 from vkvtrain.cli import main
 from vkvtrain.config import EvictionConfig
@@ -14,7 +15,6 @@ from vkvtrain.events import schedule
 from vkvtrain.tiny import task
 from vkvtrain.training.data import Row, TrainingData
 from vkvtrain.training.data.preview import evictions, lengths_table, never_evicted, pieces, preview, rendered, visible
-from vkvtrain.training.settings import Recipe
 
 RECIPE = "recipes/tiny/vase.yaml"
 
@@ -27,12 +27,11 @@ def shown(data, recipe, tokenizer, terminal=False, **options):
 
 
 def recipe(**sections):
-    values = {
-        "model": {"name": "tiny"}, "data": {"source": "x"}, "output": "runs/x",
-        "eviction": {"policy": "vase_attnv", "budget": 64, "window": 16},
+    defaults = {
+        "data": {"source": "x"}, "eviction": {"policy": "vase_attnv", "budget": 64, "window": 16},
         "training": {"steps": 20, "global_batch": 4},
     }  # fmt: skip
-    return Recipe(**values | sections)
+    return short_recipe("runs/x", defaults, sections)
 
 
 def printed(capsys, *arguments):

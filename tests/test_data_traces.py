@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
+from short_runs import metrics, short_recipe
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from vkvtrain.cli import main
@@ -15,15 +15,7 @@ from vkvtrain.traces.command import Arguments, run
 from vkvtrain.traces.problems import problems, same_answer
 from vkvtrain.training.data import load_data
 from vkvtrain.training.loop import train
-from vkvtrain.training.settings import DataSettings, Recipe
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    """accelerate keeps its state in singletons."""
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+from vkvtrain.training.settings import DataSettings
 
 
 def arguments(tmp_path, **changes):
@@ -109,13 +101,13 @@ def test_shards_together_are_the_whole(made, tmp_path):
 
 def test_a_recipe_trains_on_the_traces(made, tmp_path):
     directory, _ = made
-    recipe = Recipe(
-        model={"name": "tiny"}, data={"source": str(directory / "traces.jsonl"), "response": "written", "held_out": 1},
-        eviction={"policy": "vase_attnv", "budget": 64, "window": 16},
-        training={"steps": 2, "global_batch": 2}, optim={"warmup_steps": 0}, output=tmp_path / "run",
-    )  # fmt: skip
-    train(recipe)
-    logged = lines(tmp_path / "run" / "metrics.jsonl")
+    parts = {
+        "data": {"source": str(directory / "traces.jsonl"), "response": "written", "held_out": 1},
+        "eviction": {"policy": "vase_attnv", "budget": 64, "window": 16},
+        "training": {"steps": 2, "global_batch": 2},
+    }
+    train(short_recipe(tmp_path / "run", parts))
+    logged = metrics(tmp_path / "run")
     assert [row["kind"] for row in logged] == ["evicted", "evicted"]
     assert all(row["evictions"] > 1 for row in logged)
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import shutil
 import subprocess
 import sys
@@ -11,61 +10,22 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
+from short_runs import EVICTED, assert_same_adapter, column, metrics, short_recipe
 
 from vkvtrain.training import loop
 from vkvtrain.training.checkpoints import newest_checkpoint
 from vkvtrain.training.launch import asked_of_accelerate, asked_processes, check_engine, check_world_size
-from vkvtrain.training.logs import read_metrics
 from vkvtrain.training.loop import train
-from vkvtrain.training.settings import Recipe
 
 ROOT = Path(__file__).parents[1]
-EVICTED = {"policy": "vase_attnv", "budget": 24, "window": 8}
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    """accelerate keeps its state in singletons."""
-    yield
-    reset()
-
-
-def reset():
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    """Rows of noise with responses of very different lengths."""
-    rng, path = random.Random(0), tmp_path_factory.mktemp("data") / "rows.jsonl"
-    lengths = [(rng.randint(3, 20), rng.choice([1, 4, 15, 60])) for _ in range(48)]
-    rows = [
-        {
-            "prompt": "".join(rng.choices("abcdef", k=prompt)),
-            "completion": "".join(rng.choices("0123456789", k=response)),
-        }
-        for prompt, response in lengths
-    ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
 
 
 def recipe(source, output, eviction=None, **sections):
-    """A short run on the embedded model; sections add to the defaults here."""
-    chosen = {
-        "model": {"name": "tiny"},
-        "data": {"source": str(source), "held_out": 0},
-        "training": {"steps": 3, "global_batch": 12, "batch_per_device": 4},
-        "optim": {"learning_rate": 1e-3, "schedule": "constant", "warmup_steps": 0},
-        "log": {"tracker": "none"},
-    }
-    return Recipe(
-        **{name: {**chosen.get(name, {}), **sections.get(name, {})} for name in {*chosen, *sections}},
-        eviction=eviction, output=output,
-    )  # fmt: skip
+    """Sections add to the defaults."""
+    training = {"steps": 3, "global_batch": 12, "batch_per_device": 4}
+    defaults = {"data": {"source": str(source)}, "training": training}
+    return short_recipe(output, defaults, sections, {"eviction": eviction})
 
 
 def launch(script, *arguments, **environment):
@@ -79,34 +39,17 @@ def launch(script, *arguments, **environment):
     return done.stdout
 
 
-def metrics(directory):
-    return read_metrics(directory / "metrics.jsonl")
-
-
-def column(rows, name):
-    return [row[name] for row in rows]
-
-
-def assert_same_adapter(ours, theirs, relative):
-    """Weight by weight, the norm of the difference against the norm."""
-    ours, theirs = (load_file(directory / "adapter_model.safetensors") for directory in (ours, theirs))
-    assert ours.keys() == theirs.keys()
-    for name in ours:
-        assert (ours[name] - theirs[name]).norm() <= relative * theirs[name].norm(), name
-
-
 CPU_PROCESSES = {"ACCELERATE_USE_CPU": "true"}
 
 
 @pytest.fixture(scope="module")
-def one(source, tmp_path_factory):
+def one(noise, tmp_path_factory):
     """A run by one process, with a checkpoint after its second step."""
     settings = recipe(
-        source, tmp_path_factory.mktemp("one") / "run", EVICTED, data={"held_out": 7}, checkpoint={"every": 2},
+        noise, tmp_path_factory.mktemp("one") / "run", EVICTED, data={"held_out": 7}, checkpoint={"every": 2},
         training={"objective": "distill", "ce_weight": 0.5, "dense_fraction": 0.34},
     )  # fmt: skip
     train(settings)
-    reset()
     return settings
 
 
@@ -172,10 +115,10 @@ def test_zero_3_continues_what_one_process_began(one, tmp_path):
 
 
 @pytest.mark.slow
-def test_gradients_of_ddp_and_fsdp2_are_those_of_one_process(source, tmp_path):
+def test_gradients_of_ddp_and_fsdp2_are_those_of_one_process(noise, tmp_path):
     """In float64: the gradient, the updated adapter, the held-out losses; and which rank saw what."""
     settings = recipe(
-        source, tmp_path / "unused", EVICTED, data={"held_out": 5}, optim={"max_grad_norm": 1000.0},
+        noise, tmp_path / "unused", EVICTED, data={"held_out": 5}, optim={"max_grad_norm": 1000.0},
         training={"global_batch": 6, "batch_per_device": 2},
     )  # fmt: skip
     path = tmp_path / "recipe.yaml"
@@ -212,10 +155,10 @@ def test_an_engine_that_accelerate_drops_silently_is_noticed(monkeypatch):
 
 
 @pytest.mark.slow
-def test_fsdp_on_cpu_processes_is_refused_before_any_model(source, tmp_path):
+def test_fsdp_on_cpu_processes_is_refused_before_any_model(noise, tmp_path):
     """accelerate 1.15 gives DDP instead, without a word."""
     path = tmp_path / "recipe.yaml"
-    path.write_text(json.dumps(recipe(source, tmp_path / "run").model_dump(mode="json")))
+    path.write_text(json.dumps(recipe(noise, tmp_path / "run").model_dump(mode="json")))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
         [*command, "recipes/finetune.py", str(path)], cwd=ROOT, text=True, capture_output=True, timeout=300,
@@ -226,8 +169,8 @@ def test_fsdp_on_cpu_processes_is_refused_before_any_model(source, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_the_launch_is_checked(source, tmp_path, monkeypatch):
-    settings = recipe(source, tmp_path, training={"global_batch": 16})
+def test_the_launch_is_checked(noise, tmp_path, monkeypatch):
+    settings = recipe(noise, tmp_path, training={"global_batch": 16})
 
     def check(got, asked):
         if asked is None:
@@ -246,11 +189,11 @@ def test_the_launch_is_checked(source, tmp_path, monkeypatch):
         check(3, "3")
 
 
-def test_a_launch_that_lost_its_processes_stops_before_any_model(source, tmp_path, monkeypatch):
+def test_a_launch_that_lost_its_processes_stops_before_any_model(noise, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(loop, "load_model", lambda *_: pytest.fail("a model was loaded"))
     with pytest.raises(ValueError, match="asked for 2 processes but this run has 1"):
-        train(recipe(source, tmp_path / "run"))
+        train(recipe(noise, tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
 
@@ -270,10 +213,10 @@ def test_what_accelerate_was_asked_for(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_cpu_processes_that_accelerate_drops_silently_are_noticed(source, tmp_path):
+def test_two_cpu_processes_that_accelerate_drops_silently_are_noticed(noise, tmp_path):
     """`accelerate launch --cpu --num_processes 2` starts one process and sets no WORLD_SIZE (accelerate 1.15)."""
     path = tmp_path / "recipe.yaml"
-    path.write_text(json.dumps(recipe(source, tmp_path / "run").model_dump(mode="json")))
+    path.write_text(json.dumps(recipe(noise, tmp_path / "run").model_dump(mode="json")))
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
     done = subprocess.run(
         [*launch, "recipes/finetune.py", str(path), "--dry-run"], cwd=ROOT, text=True, capture_output=True, timeout=300,

@@ -4,40 +4,28 @@ import importlib.util
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from short_runs import adapter_weights, short_recipe
 from transformers import AutoModelForCausalLM
 
 from vkvtrain.tiny import MODEL_PATH
 from vkvtrain.training import models
 from vkvtrain.training.loop import train
 from vkvtrain.training.models import check_model, load_model, quantization
-from vkvtrain.training.settings import Recipe
 
 IDS = torch.tensor([[1, 5, 9, 3, 7, 20, 14, 6]])
 
 
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    """accelerate keeps its state in singletons."""
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-
-
 def recipe(output, lora, objective="sft", **sections):
-    return Recipe(
-        model={"name": "tiny", **sections.get("model", {})},
-        data={"source": "tiny:keyed_sum", "rows": 8, "held_out": 0},
-        lora={"r": 4, "alpha": 8, **lora},
-        eviction={"policy": "vase_attnv", "budget": 64, "window": 16},
-        training={"steps": 2, "global_batch": 2, "objective": objective},
-        optim={"learning_rate": 1e-2, "schedule": "constant", "warmup_steps": 0},
-        checkpoint={"every": 1},
-        log={"tracker": "none"},
-        output=output,
-    )
+    defaults = {
+        "data": {"source": "tiny:keyed_sum", "rows": 8},
+        "lora": {"r": 4, "alpha": 8, **lora},
+        "eviction": {"policy": "vase_attnv", "budget": 64, "window": 16},
+        "training": {"steps": 2, "global_batch": 2, "objective": objective},
+        "optim": {"learning_rate": 1e-2},
+        "checkpoint": {"every": 1},
+    }
+    return short_recipe(output, defaults, sections)
 
 
 @torch.no_grad()
@@ -76,13 +64,13 @@ def test_it_trains_is_saved_and_reloads_with_plain_peft(tmp_path, monkeypatch, k
     assert (trained - logits(base())).abs().max() > 0.01  # it learned something
     config = LoraConfig.from_pretrained(settings.output)
     assert (config.use_rslora, config.use_dora) == (lora.get("rslora", False), lora.get("dora", False))
-    names = load_file(settings.output / "adapter_model.safetensors")
+    names = adapter_weights(settings.output)
     assert any("lm_head" in name for name in names) == (kind == "head")
     assert any("magnitude" in name for name in names) == (kind == "dora")
     # and its run goes on after a kill
     (settings.output / "adapter_model.safetensors").unlink()
     train(settings)
-    again = load_file(settings.output / "adapter_model.safetensors")
+    again = adapter_weights(settings.output)
     assert all(torch.equal(again[name], names[name]) for name in names)
 
 
@@ -121,7 +109,7 @@ def test_an_adapter_is_trained_on_from_where_it_is(tmp_path, adapter):
     assert {weight.shape[0] for name, weight in start.named_parameters() if "lora_A" in name} == {3}
     assert all(weight.requires_grad == ("lora_" in name) for name, weight in start.named_parameters())
     train(settings)
-    before, after = (load_file(place / "adapter_model.safetensors") for place in (adapter, settings.output))
+    before, after = (adapter_weights(place) for place in (adapter, settings.output))
     assert before.keys() == after.keys()
     assert all(not torch.equal(before[name], after[name]) for name in before)
 

@@ -1,6 +1,5 @@
 """The recipes of people's models: a step on a tiny random model of each architecture, and headers that hold."""
 
-import importlib.util
 import json
 import random
 import re
@@ -10,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 import tyro
-from accelerate.state import AcceleratorState, GradientState
 from chat_templates import chat_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -22,23 +20,6 @@ from vkvtrain.training.overrides import load_recipe
 RECIPES = Path(__file__).parents[1] / "recipes"
 TEMPLATES = {"qwen3": "qwen3", "deepseek": "deepseek_r1", "phi": "phi4", "gpt": "gpt_oss"}
 NAMES = preset_names()
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    """accelerate keeps its state in singletons."""
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-
-
-@pytest.fixture(scope="module")
-def finetune():
-    """The script's `main`."""
-    spec = importlib.util.spec_from_file_location("finetune", RECIPES / "finetune.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """Divergences against their definitions, schedules against enumeration, and the objective of a recipe in its loop."""
 
-import json
 import math
 import random
 from itertools import pairwise
@@ -9,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.special import rel_entr, softmax
 from scipy.stats import entropy as scipy_entropy
+from short_runs import EVICTED, run, short_recipe
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -22,45 +21,18 @@ from vkvtrain.tiny import MODEL_PATH
 from vkvtrain.training.budgets import budget_schedule
 from vkvtrain.training.data import TrainingData, collate, load_data
 from vkvtrain.training.divergences import coarsen, divergence, forward_kl, jsd, reverse_kl, token_losses
-from vkvtrain.training.loop import prepare, train
+from vkvtrain.training.loop import prepare
 from vkvtrain.training.models import load_model
 from vkvtrain.training.schedule import is_dense, step_eviction
 from vkvtrain.training.settings import Recipe, TrainingSettings
 
-EVICTED = {"policy": "vase_attnv", "budget": 24, "window": 8}
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    rng, path = random.Random(0), tmp_path_factory.mktemp("data") / "rows.jsonl"
-    lengths = [(rng.randint(3, 20), rng.choice([1, 4, 15, 60])) for _ in range(24)]
-    rows = [
-        {"prompt": "".join(rng.choices("abcdef", k=prompt)), "completion": "".join(rng.choices("0123456789", k=more))}
-        for prompt, more in lengths
-    ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
 def recipe(source, output, eviction=None, **training):
-    return Recipe(
-        model={"name": "tiny"}, data={"source": str(source), "held_out": 0}, eviction=eviction, output=output,
-        training={"steps": 2, "global_batch": 8, **training},
-        optim={"learning_rate": 1e-3, "schedule": "constant", "warmup_steps": 0},
-    )  # fmt: skip
-
-
-def logged(settings):
-    train(settings)
-    return [json.loads(line) for line in (settings.output / "metrics.jsonl").read_text().splitlines()]
+    """Settings of training add to the defaults."""
+    defaults = {"data": {"source": str(source)}, "training": {"steps": 2, "global_batch": 8}}
+    return short_recipe(output, defaults, {"training": training, "eviction": eviction})
 
 
 # Divergences
@@ -199,14 +171,14 @@ def test_cross_entropy_beside_the_divergence_is_one_by_default_and_none_on_polic
         ({"objective": "distill", "divergence": "kl"}, "'divergence'.*forward_kl.*got 'kl'"),
     ],
 )
-def test_objectives_that_make_no_sense_are_refused(source, tmp_path, training, message):
+def test_objectives_that_make_no_sense_are_refused(noise, tmp_path, training, message):
     with pytest.raises(ValueError, match=message):
-        recipe(source, tmp_path, EVICTED, **training)
+        recipe(noise, tmp_path, EVICTED, **training)
 
 
 @pytest.mark.parametrize("objective", ["distill", "on_policy"])
-def test_a_base_that_is_rewritten_is_no_teacher(source, tmp_path, objective):
-    values = recipe(source, tmp_path, EVICTED, rollout_tokens=8).model_dump(mode="json")
+def test_a_base_that_is_rewritten_is_no_teacher(noise, tmp_path, objective):
+    values = recipe(noise, tmp_path, EVICTED, rollout_tokens=8).model_dump(mode="json")
     values["training"]["objective"] = objective
     values["lora"]["init"] = "pissa"
     with pytest.raises(ValueError, match="'pissa' rewrites the base weights, so the model without its adapter is no"):
@@ -224,15 +196,15 @@ def test_dense_steps_are_spread_evenly(fraction, steps):
     assert not gaps or max(gaps) - min(gaps) <= 1
 
 
-def budgets(source, tmp_path, value, steps, **training):
-    chosen = recipe(source, tmp_path, {**EVICTED, "budget": value}, steps=steps, **training)
+def budgets(noise, tmp_path, value, steps, **training):
+    chosen = recipe(noise, tmp_path, {**EVICTED, "budget": value}, steps=steps, **training)
     configs = [step_eviction(chosen, step) for step in range(steps)]
     assert [step_eviction(chosen, step) for step in reversed(range(steps))] == configs[::-1]  # no memory
     return chosen, [config and config.budget for config in configs]
 
 
-def test_budgets_of_a_list_are_drawn_for_each_step(source, tmp_path):
-    chosen, drawn = budgets(source, tmp_path, [24, 32, 64], 1200, dense_fraction=0.25)
+def test_budgets_of_a_list_are_drawn_for_each_step(noise, tmp_path):
+    chosen, drawn = budgets(noise, tmp_path, [24, 32, 64], 1200, dense_fraction=0.25)
     assert [budget is None for budget in drawn] == [step % 4 == 3 for step in range(1200)]
     assert min(drawn.count(budget) for budget in (24, 32, 64)) > 250
     assert sum(drawn.count(budget) for budget in (24, 32, 64)) == 900
@@ -241,12 +213,12 @@ def test_budgets_of_a_list_are_drawn_for_each_step(source, tmp_path):
     assert chosen.trained_for() == EvictionConfig(**EVICTED)
 
 
-def test_budgets_of_a_range_are_all_its_multiples(source, tmp_path):
-    chosen, drawn = budgets(source, tmp_path, {"low": 24, "high": 64}, 900)
+def test_budgets_of_a_range_are_all_its_multiples(noise, tmp_path):
+    chosen, drawn = budgets(noise, tmp_path, {"low": 24, "high": 64}, 900)
     assert set(drawn) == {24, 32, 40, 48, 56, 64}
     assert min(map(drawn.count, set(drawn))) > 110
     assert [config.budget for config in chosen.eviction_configs()] == [24, 64]
-    assert budgets(source, tmp_path, {"low": 32, "high": 32}, 5)[1] == [32] * 5
+    assert budgets(noise, tmp_path, {"low": 32, "high": 32}, 5)[1] == [32] * 5
 
 
 @pytest.mark.parametrize(
@@ -260,8 +232,8 @@ def test_budgets_of_a_range_are_all_its_multiples(source, tmp_path):
         ({"from": 64, "to": 24}, 2, [64, 24]),
     ],
 )
-def test_annealed_budgets(source, tmp_path, value, steps, expected):
-    chosen, drawn = budgets(source, tmp_path, value, steps)
+def test_annealed_budgets(noise, tmp_path, value, steps, expected):
+    chosen, drawn = budgets(noise, tmp_path, value, steps)
     assert drawn == expected
     assert chosen.trained_for().budget == value["to"]
     assert [config.budget for config in chosen.eviction_configs()] == [value["to"], value["from"]]
@@ -293,14 +265,14 @@ def test_an_annealed_budget_moves_one_way_between_its_ends(start, end, window, s
         ({"policy": ["snapkv", "full"]}, "policy 'full' evicts nothing: take it out of the list"),
     ],
 )
-def test_schedules_that_make_no_sense_are_refused(source, tmp_path, eviction, message):
+def test_schedules_that_make_no_sense_are_refused(noise, tmp_path, eviction, message):
     with pytest.raises(ValueError, match=message):
-        recipe(source, tmp_path, {**EVICTED, **eviction})
+        recipe(noise, tmp_path, {**EVICTED, **eviction})
 
 
-def test_policies_are_drawn_for_each_step(source, tmp_path):
+def test_policies_are_drawn_for_each_step(noise, tmp_path):
     names = ["vase_attnv", "rkv", "snapkv"]
-    chosen = recipe(source, tmp_path, {**EVICTED, "policy": names, "budget": [24, 32]}, steps=900)
+    chosen = recipe(noise, tmp_path, {**EVICTED, "policy": names, "budget": [24, 32]}, steps=900)
     drawn = [step_eviction(chosen, step) for step in range(900)]
     pairs = [(config.policy, config.budget) for config in drawn]
     assert min(pairs.count((name, budget)) for name in names for budget in (24, 32)) > 110
@@ -313,14 +285,14 @@ def test_policies_are_drawn_for_each_step(source, tmp_path):
 # In the loop
 
 
-def test_the_log_names_policies_budgets_and_parts_of_the_loss(source, tmp_path):
+def test_the_log_names_policies_budgets_and_parts_of_the_loss(noise, tmp_path):
     values = recipe(
-        source, tmp_path / "run", {**EVICTED, "policy": ["snapkv", "random"], "budget": {"from": 40, "to": 24}},
+        noise, tmp_path / "run", {**EVICTED, "policy": ["snapkv", "random"], "budget": {"from": 40, "to": 24}},
         objective="distill", divergence="jsd", ce_weight=0.5, steps=6, dense_fraction=0.34, global_batch=2,
     ).model_dump(mode="json")  # fmt: skip
     values["data"]["held_out"] = 2
     chosen = Recipe(**values)
-    configs, rows = [step_eviction(chosen, step) for step in range(6)], logged(chosen)
+    configs, rows = [step_eviction(chosen, step) for step in range(6)], run(chosen)
     assert [(row.get("policy"), row.get("budget")) for row in rows] == [
         (config and config.policy, config and config.budget) for config in configs
     ]
@@ -338,19 +310,19 @@ def test_the_log_names_policies_budgets_and_parts_of_the_loss(source, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "jsd"])
-def test_an_untrained_adapter_at_a_budget_of_the_whole_length_diverges_by_nothing(source, tmp_path, name):
+def test_an_untrained_adapter_at_a_budget_of_the_whole_length_diverges_by_nothing(noise, tmp_path, name):
     """The rows have at most 81 tokens; under a smaller budget there is something to learn."""
     free = {"objective": "distill", "divergence": name, "ce_weight": 0, "steps": 1, "temperature": 2.0}
-    rows = logged(recipe(source, tmp_path / "a", {**EVICTED, "budget": 88}, **free))
+    rows = run(recipe(noise, tmp_path / "a", {**EVICTED, "budget": 88}, **free))
     assert rows[0]["loss"] == pytest.approx(0, abs=1e-6)
     assert rows[0]["evictions"] == 0
-    assert logged(recipe(source, tmp_path / "b", EVICTED, **free))[0]["loss"] > 1e-3
+    assert run(recipe(noise, tmp_path / "b", EVICTED, **free))[0]["loss"] > 1e-3
 
 
 @pytest.fixture
-def trained(source, tmp_path):
+def trained(noise, tmp_path):
     """A distillation recipe, its model with an adapter that does something, and a batch."""
-    chosen = recipe(source, tmp_path / "run", EVICTED, objective="distill", ce_weight=0.3)
+    chosen = recipe(noise, tmp_path / "run", EVICTED, objective="distill", ce_weight=0.3)
     torch.manual_seed(0)
     model = load_model(chosen)
     for label, weight in model.named_parameters():
@@ -364,7 +336,7 @@ def test_the_teacher_is_the_base_model_with_the_full_cache(trained):
     """Stock attention and weights that never had an adapter, against what the loss says of the divergence."""
     chosen, model, batch = trained
     base = AutoModelForCausalLM.from_pretrained(str(MODEL_PATH), attn_implementation="sdpa")
-    run = prepare(chosen, Accelerator(), model, TrainingData([], [], 0), tokenizer=None)
+    prepared = prepare(chosen, Accelerator(), model, TrainingData([], [], 0), tokenizer=None)
     config, inputs = chosen.trained_for(), {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
     with torch.no_grad():
         teacher = base(**inputs).logits.flatten(0, 1)[batch.predicting]
@@ -374,8 +346,8 @@ def test_the_teacher_is_the_base_model_with_the_full_cache(trained):
     crossed = cross_entropy(student.double(), batch.targets, reduction="sum").item()
     diverged = expected_divergence(student, teacher, "forward_kl").sum()
     trainable = {label for label, weight in model.named_parameters() if weight.requires_grad}
-    with simulated_eviction(run.model, config, batch.prompt_lengths, batch.streams) as trace:
-        losses = run.model(batch, trace)
+    with simulated_eviction(prepared.model, config, batch.prompt_lengths, batch.streams) as trace:
+        losses = prepared.model(batch, trace)
         losses["loss"].backward()
     assert sum(len(row.events) for row in trace.rows) > 0
     assert losses["divergence"].item() == pytest.approx(diverged, rel=1e-4)

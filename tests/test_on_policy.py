@@ -1,16 +1,15 @@
 """On policy: what the simulation says of generated tokens is what they were generated with; and the loop around it."""
 
-import json
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DistributedType
 from passes import decode, tiny_model
 from peft import LoraConfig, get_peft_model
+from short_runs import EVICTED, adapter_bytes, column, run, short_recipe
 from transformers import AutoTokenizer
 
 from vkvtrain import simulated_eviction
@@ -23,27 +22,11 @@ from vkvtrain.training.objectives import ModelWithLoss
 from vkvtrain.training.on_policy import check_on_policy, log_ratios, roll_out
 from vkvtrain.training.settings import CheckpointSettings, Recipe
 
-EVICTED = {"policy": "vase_attnv", "budget": 24, "window": 8}
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-
 
 def recipe(output, eviction=EVICTED, **training):
     chosen = {"steps": 2, "global_batch": 4, "batch_per_device": 2, "objective": "on_policy", "rollout_tokens": 40}
-    return Recipe(
-        model={"name": "tiny"}, data={"source": "tiny:keyed_sum", "rows": 8, "held_out": 0}, eviction=eviction,
-        output=output, training=chosen | training, optim={"learning_rate": 1e-3, "warmup_steps": 0},
-    )  # fmt: skip
-
-
-def logged(settings, **flags):
-    train(settings, **flags)
-    return [json.loads(line) for line in (settings.output / "metrics.jsonl").read_text().splitlines()]
+    data = {"source": "tiny:keyed_sum", "rows": 8}
+    return short_recipe(output, {"data": data, "training": chosen | training, "eviction": eviction})
 
 
 def moved_row(row):
@@ -119,7 +102,7 @@ def test_a_rollout_depends_on_its_row_and_epoch_alone(tmp_path):
 @pytest.mark.parametrize("name", ["reverse_kl", "forward_kl"])
 def test_the_loop_trains_on_what_was_generated(tmp_path, name):
     settings = recipe(tmp_path / "run", divergence=name, dense_fraction=0.34, steps=3, rollout_temperature=1.0)
-    rows = logged(settings)
+    rows = run(settings)
     assert [row["kind"] for row in rows] == ["evicted", "evicted", "dense"]
     for row in rows:
         assert row["log_ratio_max"] < 1e-3
@@ -130,9 +113,9 @@ def test_the_loop_trains_on_what_was_generated(tmp_path, name):
 
 
 def test_accumulation_does_not_change_on_policy_training(tmp_path):
-    logs = [logged(recipe(tmp_path / str(size), batch_per_device=size, steps=2)) for size in (4, 1)]
+    logs = [run(recipe(tmp_path / str(size), batch_per_device=size, steps=2)) for size in (4, 1)]
     for name in ("loss", "grad_norm", "evictions", "rollout_tokens"):
-        assert [row[name] for row in logs[1]] == pytest.approx([row[name] for row in logs[0]], rel=1e-4), name
+        assert column(logs[1], name) == pytest.approx(column(logs[0], name), rel=1e-4), name
 
 
 def test_a_run_that_is_stopped_goes_on_with_the_same_rollouts(tmp_path, monkeypatch):
@@ -143,26 +126,25 @@ def test_a_run_that_is_stopped_goes_on_with_the_same_rollouts(tmp_path, monkeypa
         chosen = recipe(tmp_path / name, moving, steps=3, global_batch=2, rollout_tokens=30)
         return chosen.model_copy(update={"checkpoint": CheckpointSettings(every=1)})
 
-    whole, inner = logged(settings("whole")), loop.train_step
+    whole, inner = run(settings("whole")), loop.train_step
 
-    def stopping(run):
-        if run.step == 2:
+    def stopping(state):
+        if state.step == 2:
             raise KeyboardInterrupt
-        return inner(run)
+        return inner(state)
 
     monkeypatch.setattr(loop, "train_step", stopping)
     with pytest.raises(KeyboardInterrupt):
         train(settings("parts"))
     monkeypatch.setattr(loop, "train_step", inner)
-    parts = logged(settings("parts"))
+    parts = run(settings("parts"))
     for name in ("step", "loss", "grad_norm", "policy", "budget", "rollout_tokens", "log_ratio_max"):
-        assert [row[name] for row in parts] == [row[name] for row in whole], name
-    adapters = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("whole", "parts")]
-    assert adapters[0] == adapters[1]
+        assert column(parts, name) == column(whole, name), name
+    assert adapter_bytes(tmp_path / "parts") == adapter_bytes(tmp_path / "whole")
 
 
 def test_an_untrained_adapter_that_generates_without_eviction_is_its_teacher(tmp_path):
-    rows = logged(recipe(tmp_path / "run", {**EVICTED, "budget": 96}, steps=1))
+    rows = run(recipe(tmp_path / "run", {**EVICTED, "budget": 96}, steps=1))
     assert rows[0]["loss"] == pytest.approx(0, abs=1e-6)
     assert rows[0]["evictions"] == 0
 

@@ -1,6 +1,5 @@
 """Recipes: settings, YAML files, overrides, the plan, and what the command says to bad input."""
 
-import importlib.util
 import json
 import re
 import subprocess
@@ -10,7 +9,6 @@ from pathlib import Path
 import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
-from accelerate.state import AcceleratorState, GradientState
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, MistralConfig, MistralForCausalLM
@@ -28,23 +26,6 @@ ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "recipes").glob("*/*.yaml"))
 LAUNCH = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
 EVICTED = {"policy": "vase_attnv", "budget": 64, "window": 16}
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    """accelerate keeps its state in singletons."""
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-
-
-@pytest.fixture(scope="module")
-def finetune():
-    """The script's `main`."""
-    spec = importlib.util.spec_from_file_location("finetune", ROOT / "recipes" / "finetune.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
 
 
 def values(tmp_path, **sections):

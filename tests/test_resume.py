@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from peft import PeftModel
 from safetensors.torch import load_file
+from short_runs import adapter_bytes, metrics, short_recipe
 from transformers import AutoModelForCausalLM
 
 from vkvtrain.tiny import MODEL_PATH
@@ -32,39 +32,23 @@ ROOT = Path(__file__).parents[1]
 STEPS = 6
 
 
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    """accelerate keeps its state in singletons."""
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-
-
 def recipe(output, **sections):
     """Dropout, two budgets, a dense step, accumulation, a second epoch: all that depends on the step."""
-    chosen = {
-        "model": {"name": "tiny"},
-        "data": {"source": "tiny:keyed_sum", "rows": 10, "held_out": 0},
+    defaults = {
+        "data": {"source": "tiny:keyed_sum", "rows": 10},
         "lora": {"r": 4, "alpha": 8, "dropout": 0.2},
         "eviction": {"policy": "vase_attnv", "budget": [48, 64], "window": 16},
         "training": {"steps": STEPS, "global_batch": 3, "batch_per_device": 2, "dense_fraction": 0.2},
-        "optim": {"learning_rate": 1e-3, "warmup_steps": 2, "weight_decay": 0.1},
+        "optim": {"schedule": "cosine", "warmup_steps": 2, "weight_decay": 0.1},
         "checkpoint": {"every": 1},
-        "log": {"tracker": "none"},
     }
-    return Recipe(
-        **{name: {**chosen.get(name, {}), **sections.get(name, {})} for name in {*chosen, *sections}}, output=output
-    )
+    return short_recipe(output, defaults, sections)
 
 
-def weights(output):
-    return (output / "adapter_model.safetensors").read_bytes()
-
-
-def metrics(output):
+def logged(output):
     """Rows of the log without what the clock and the machine say."""
-    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    return [{name: row[name] for name in row if name not in ("tokens_per_second", "peak_memory_gib")} for row in rows]
+    timed = ("tokens_per_second", "peak_memory_gib")
+    return [{name: row[name] for name in row if name not in timed} for row in metrics(output)]
 
 
 @pytest.fixture(scope="module")
@@ -72,8 +56,6 @@ def whole(tmp_path_factory):
     """The output of a run that was never stopped."""
     output = tmp_path_factory.mktemp("whole") / "run"
     train(recipe(output))
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
     return output
 
 
@@ -129,15 +111,15 @@ def test_a_run_that_is_killed_again_and_again_gives_the_same_adapter(whole, tmp_
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what was being written when it was killed
             train(settings)
-    assert weights(settings.output) == weights(whole)
-    assert metrics(settings.output) == metrics(whole)
+    assert adapter_bytes(settings.output) == adapter_bytes(whole)
+    assert logged(settings.output) == logged(whole)
 
 
 def test_a_run_without_checkpoints_in_between_gives_the_same_adapter(whole, tmp_path):
     settings = recipe(tmp_path / "run", checkpoint={"every": 100})
     train(settings)
     assert not (settings.output / CHECKPOINTS).exists()
-    assert weights(settings.output) == weights(whole)
+    assert adapter_bytes(settings.output) == adapter_bytes(whole)
 
 
 @pytest.fixture
@@ -166,13 +148,13 @@ def stop_after(settings, step, signum=signal.SIGTERM):
 def test_a_signal_ends_the_run_after_its_step_and_it_goes_on(whole, tmp_path, capsys, signum):
     settings = stop_after(recipe(tmp_path / "run", checkpoint={"every": 4}), 3, signum)
     assert newest_checkpoint(settings.output).name == "step-00000003"
-    assert len(metrics(settings.output)) == 3
+    assert len(logged(settings.output)) == 3
     assert not (settings.output / "adapter_model.safetensors").exists()
     assert signal.getsignal(signum) in (signal.SIG_DFL, signal.default_int_handler)
     train(settings)
     assert "continues after step 3, from" in capsys.readouterr().out
-    assert weights(settings.output) == weights(whole)
-    assert metrics(settings.output) == metrics(whole)
+    assert adapter_bytes(settings.output) == adapter_bytes(whole)
+    assert logged(settings.output) == logged(whole)
 
 
 def test_the_statuses_of_signals():
@@ -205,7 +187,7 @@ def test_the_command_is_stopped_by_sigterm_and_continues(whole, tmp_path):
     again = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, timeout=120, check=False)
     assert again.returncode == 0, again.stderr
     assert "continues after step" in again.stdout
-    assert weights(tmp_path / "run") == weights(whole)
+    assert adapter_bytes(tmp_path / "run") == adapter_bytes(whole)
 
 
 def damage(path, how):
@@ -250,8 +232,8 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(whole, stopped):
     damage(stopped.output / CHECKPOINTS / "step-00000003", "one bit")
     with pytest.warns(UserWarning, match="step-00000003 is skipped: .* is damaged"):
         train(stopped)
-    assert weights(stopped.output) == weights(whole)
-    assert metrics(stopped.output) == metrics(whole)
+    assert adapter_bytes(stopped.output) == adapter_bytes(whole)
+    assert logged(stopped.output) == logged(whole)
 
 
 def test_the_newest_are_kept_and_none_when_all_are_damaged(tmp_path):
@@ -287,7 +269,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_training_goes_on(whole, tmp_
         train(settings)
     assert [seen[step][0] for step in (3, 4)] == [None, None]
     assert [seen[step][1] for step in range(1, 6)] == [f"step-{step:08d}" for step in (1, 2, 2, 2, 5)]
-    assert weights(settings.output) == weights(whole)
+    assert adapter_bytes(settings.output) == adapter_bytes(whole)
 
 
 def test_rows_of_the_log_wait_while_the_disk_is_full(tmp_path):
@@ -342,14 +324,14 @@ def test_where_it_goes_and_what_is_logged_may_change(whole, stopped, tmp_path):
     stopped.output.rename(tmp_path / "moved")
     changed = {"output": tmp_path / "moved", "checkpoint": {"every": 5, "keep": 1}, "log": {"tracker": "none"}}
     train(Recipe(**{**stopped.model_dump(), **changed}))
-    assert weights(tmp_path / "moved") == weights(whole)
+    assert adapter_bytes(tmp_path / "moved") == adapter_bytes(whole)
     assert [path.name for path in (tmp_path / "moved" / CHECKPOINTS).iterdir()] == ["step-00000005"]
 
 
 def test_overwriting_starts_afresh(stopped):
     other = stopped.model_copy(update={"seed": 1})
     train(other, overwrite=True)
-    assert len(metrics(other.output)) == STEPS
+    assert len(logged(other.output)) == STEPS
     assert newest_checkpoint(other.output).name == "step-00000005"
 
 
@@ -364,7 +346,7 @@ def test_a_checkpoint_is_an_adapter_that_peft_loads(stopped):
 
 
 def test_a_failed_run_names_its_samples_and_saves_the_state_before(tmp_path, monkeypatch):
-    settings = recipe(tmp_path / "run", log={"tracker": "none"}, checkpoint={"every": 100})
+    settings = recipe(tmp_path / "run", checkpoint={"every": 100})
     inner, eviction, steps = ModelWithLoss.forward, loop.step_eviction, []
 
     def broken(self, batch, trace=None, cross_entropy_only=False):
@@ -382,7 +364,7 @@ def test_a_failed_run_names_its_samples_and_saves_the_state_before(tmp_path, mon
     ):
         train(settings)
     assert newest_checkpoint(settings.output).name == "step-00000003"
-    assert len(metrics(settings.output)) == 3
+    assert len(logged(settings.output)) == 3
 
 
 def test_what_divergence_is():

@@ -2,16 +2,14 @@
 
 import json
 import math
-import random
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import set_seed
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from short_runs import EVICTED, adapter_bytes, adapter_weights, assert_same_adapter, column, metrics, run, short_recipe
 from torch.nn.functional import cross_entropy
 from torch.utils.data import SequentialSampler
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
@@ -27,68 +25,16 @@ from vkvtrain.training.objectives import ModelWithLoss
 from vkvtrain.training.overrides import load_recipe
 from vkvtrain.training.run import Run
 from vkvtrain.training.schedule import is_dense, step_eviction
-from vkvtrain.training.settings import Recipe
 from vkvtrain.training.watch import Failed, Watch
 
 ROOT = Path(__file__).parents[1]
-EVICTED = {"policy": "vase_attnv", "budget": 24, "window": 8}
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    """accelerate keeps its state in singletons, which a Trainer changes."""
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    """Rows of noise, which no model knows, with responses of very different lengths."""
-    rng, path = random.Random(0), tmp_path_factory.mktemp("data") / "rows.jsonl"
-    lengths = [(rng.randint(3, 20), rng.choice([1, 4, 15, 60])) for _ in range(48)]
-    rows = [
-        {
-            "prompt": "".join(rng.choices("abcdef", k=prompt)),
-            "completion": "".join(rng.choices("0123456789", k=response)),
-        }
-        for prompt, response in lengths
-    ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
 def recipe(source, output, eviction=None, **sections):
-    """A short run on the embedded model; sections add to the defaults here."""
-    chosen = {
-        "model": {"name": "tiny"},
-        "data": {"source": str(source), "held_out": 0},
-        "training": {"steps": 3, "global_batch": 16},
-        "optim": {"learning_rate": 1e-3, "schedule": "constant", "warmup_steps": 0},
-    }
-    merged = {
-        name: {**chosen.get(name, {}), **sections.pop(name, {})} for name in ("model", "data", "training", "optim")
-    }
-    return Recipe(**merged, eviction=eviction, output=output, **sections)
-
-
-def run(settings, **flags):
-    """Train; the rows of the log."""
-    train(settings, **flags)
-    return metrics(settings.output)
-
-
-def metrics(directory):
-    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-
-
-def adapter(directory):
-    return load_file(directory / "adapter_model.safetensors")
-
-
-def column(rows, name):
-    return [row[name] for row in rows]
+    """Sections add to the defaults."""
+    defaults = {"data": {"source": str(source)}, "training": {"steps": 3, "global_batch": 16}}
+    return short_recipe(output, defaults, sections, {"eviction": eviction})
 
 
 def assert_same_training(ours, theirs, relative):
@@ -97,17 +43,6 @@ def assert_same_training(ours, theirs, relative):
         assert column(ours, name) == pytest.approx(column(theirs, name), rel=relative)
     for name in ("kind", "budget", "evictions"):
         assert [row.get(name) for row in ours] == [row.get(name) for row in theirs]
-
-
-def assert_same_adapter(ours, theirs, relative):
-    """Adapters equal up to rounding: the norm of the difference against the norm, weight by weight.
-
-    Adam divides a gradient by its own size, so single entries whose gradient is all rounding may move freely.
-    """
-    ours, theirs = adapter(ours), adapter(theirs)
-    assert ours.keys() == theirs.keys()
-    for name in ours:
-        assert (ours[name] - theirs[name]).norm() <= relative * theirs[name].norm(), name
 
 
 class InOrder(Trainer):
@@ -127,11 +62,11 @@ def pad_right(rows):
 
 
 @pytest.mark.parametrize(("ours", "theirs"), [((8, 8), (8, 1)), ((8, 3), (2, 4))], ids=["whole batch", "accumulated"])
-def test_agrees_with_the_trainer_of_transformers(source, tmp_path, ours, theirs):
+def test_agrees_with_the_trainer_of_transformers(noise, tmp_path, ours, theirs):
     """20 float32 steps without eviction: the same data, initial weights and learning rate, stock attention there."""
     (batch, forward), steps = ours, 20
     settings = recipe(
-        source, tmp_path / "ours", lora={"r": 8, "alpha": 24},
+        noise, tmp_path / "ours", lora={"r": 8, "alpha": 24},
         optim={"weight_decay": 0.1, "betas": [0.8, 0.99]},
         training={"steps": steps, "global_batch": batch, "batch_per_device": forward},
     )  # fmt: skip
@@ -139,7 +74,7 @@ def test_agrees_with_the_trainer_of_transformers(source, tmp_path, ours, theirs)
 
     tokenizer = AutoTokenizer.from_pretrained(str(MODEL_PATH))
     rows = []
-    for line in source.read_text().splitlines():
+    for line in noise.read_text().splitlines():
         row = json.loads(line)
         prompt = tokenizer(row["prompt"])["input_ids"]
         response = [*tokenizer(row["completion"], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
@@ -166,10 +101,10 @@ def test_agrees_with_the_trainer_of_transformers(source, tmp_path, ours, theirs)
     assert logged[-1]["loss"] < logged[0]["loss"] - 0.5  # it trained, so the later steps compare something
 
 
-def test_the_first_loss_is_what_the_public_context_gives_row_by_row(source, tmp_path):
+def test_the_first_loss_is_what_the_public_context_gives_row_by_row(noise, tmp_path):
     """A fresh adapter changes nothing, so the first step is the base model's, by one row at a time."""
     settings = recipe(
-        source, tmp_path / "run", EVICTED, training={"steps": 1, "global_batch": 60, "batch_per_device": 7}
+        noise, tmp_path / "run", EVICTED, training={"steps": 1, "global_batch": 60, "batch_per_device": 7}
     )
     logged = run(settings)[0]
     rows = load_data(settings.data, AutoTokenizer.from_pretrained(str(MODEL_PATH))).train
@@ -192,12 +127,12 @@ def test_the_first_loss_is_what_the_public_context_gives_row_by_row(source, tmp_
 
 
 @pytest.mark.parametrize("objective", ["sft", "distill"])
-def test_accumulation_does_not_change_training_under_eviction(source, tmp_path, objective):
+def test_accumulation_does_not_change_training_under_eviction(noise, tmp_path, objective):
     logs = {}
     for size in (16, 4, 1):
         logs[size] = run(
             recipe(
-                source, tmp_path / str(size), {**EVICTED, "budget": [24, 32]},
+                noise, tmp_path / str(size), {**EVICTED, "budget": [24, 32]},
                 training={"objective": objective, "dense_fraction": 0.25, "steps": 4, "batch_per_device": size},
             )
         )  # fmt: skip
@@ -208,10 +143,10 @@ def test_accumulation_does_not_change_training_under_eviction(source, tmp_path, 
         assert_same_adapter(tmp_path / str(size), tmp_path / "16", 2e-3)
 
 
-def test_the_logged_live_share_does_not_depend_on_accumulation(source, tmp_path):
+def test_the_logged_live_share_does_not_depend_on_accumulation(noise, tmp_path):
     shares = []
     for size in (16, 5, 1):
-        settings = recipe(source, tmp_path / str(size), EVICTED, training={"steps": 1, "batch_per_device": size})
+        settings = recipe(noise, tmp_path / str(size), EVICTED, training={"steps": 1, "batch_per_device": size})
         shares.append(run(settings)[0]["live_fraction"])
     assert shares == pytest.approx([shares[0]] * 3, abs=2e-4)
 
@@ -230,12 +165,12 @@ def layer_calls(monkeypatch):
 
 
 @pytest.mark.parametrize(("objective", "passes"), [("sft", 1), ("distill", 2)])
-def test_gradient_checkpointing_recomputes_and_changes_nothing(source, tmp_path, layer_calls, objective, passes):
+def test_gradient_checkpointing_recomputes_and_changes_nothing(noise, tmp_path, layer_calls, objective, passes):
     logs, calls = [], []
     for checkpointing in (False, True):
         layer_calls.clear()
         settings = recipe(
-            source, tmp_path / str(checkpointing), EVICTED, model={"gradient_checkpointing": checkpointing},
+            noise, tmp_path / str(checkpointing), EVICTED, model={"gradient_checkpointing": checkpointing},
             training={"objective": objective, "dense_fraction": 0.5, "steps": 2, "batch_per_device": 8},
         )  # fmt: skip
         logs.append(run(settings))
@@ -248,57 +183,57 @@ def test_gradient_checkpointing_recomputes_and_changes_nothing(source, tmp_path,
     assert calls == [check + passes * layers, check + (passes + 1) * layers]
 
 
-def test_dropout_of_the_adapter_is_on_in_training(source, tmp_path):
+def test_dropout_of_the_adapter_is_on_in_training(noise, tmp_path):
     """With a fresh adapter dropout shows in the gradient alone."""
     settings = {"training": {"steps": 1}}
-    without = run(recipe(source, tmp_path / "0", **settings))[0]
-    with_dropout = run(recipe(source, tmp_path / "1", lora={"dropout": 0.5}, **settings))[0]
+    without = run(recipe(noise, tmp_path / "0", **settings))[0]
+    with_dropout = run(recipe(noise, tmp_path / "1", lora={"dropout": 0.5}, **settings))[0]
     assert with_dropout["loss"] == pytest.approx(without["loss"], rel=1e-6)
     assert abs(with_dropout["grad_norm"] / without["grad_norm"] - 1) > 0.01
 
 
-def test_a_recipe_gives_the_same_adapter_every_time(source, tmp_path):
+def test_a_recipe_gives_the_same_adapter_every_time(noise, tmp_path):
     sections = {"lora": {"dropout": 0.1}, "training": {"batch_per_device": 8}}
-    logs = [run(recipe(source, tmp_path / name, EVICTED, **sections)) for name in ("a", "b")]
-    other = run(recipe(source, tmp_path / "c", EVICTED, **sections, seed=1))
+    logs = [run(recipe(noise, tmp_path / name, EVICTED, **sections)) for name in ("a", "b")]
+    other = run(recipe(noise, tmp_path / "c", EVICTED, **sections, seed=1))
     for row in (*logs[0], *logs[1]):
         del row["tokens_per_second"], row["peak_memory_gib"]
     assert logs[0] == logs[1]
-    weights = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in "abc"]
+    weights = [adapter_bytes(tmp_path / name) for name in "abc"]
     assert weights[0] == weights[1]
     assert weights[0] != weights[2]
     assert column(other, "loss") != column(logs[0], "loss")
 
 
-def test_distillation_runs_end_to_end(source, tmp_path):
-    evicted = run(recipe(source, tmp_path / "a", EVICTED, training={"objective": "distill", "steps": 2}))
+def test_distillation_runs_end_to_end(noise, tmp_path):
+    evicted = run(recipe(noise, tmp_path / "a", EVICTED, training={"objective": "distill", "steps": 2}))
     assert all(math.isfinite(row["loss"]) and row["evictions"] > 0 for row in evicted)
     # a fresh adapter with the full cache is the teacher: without cross-entropy nothing is left to learn
     divergence = {"objective": "distill", "ce_weight": 0.0, "steps": 1}
-    dense = run(recipe(source, tmp_path / "b", training=divergence))
+    dense = run(recipe(noise, tmp_path / "b", training=divergence))
     assert dense[0]["loss"] == pytest.approx(0, abs=1e-6)
-    alone = run(recipe(source, tmp_path / "c", EVICTED, training=divergence))
+    alone = run(recipe(noise, tmp_path / "c", EVICTED, training=divergence))
     assert alone[0]["loss"] > 1e-3
-    sft = run(recipe(source, tmp_path / "d", EVICTED, training={"steps": 1}))
+    sft = run(recipe(noise, tmp_path / "d", EVICTED, training={"steps": 1}))
     assert evicted[0]["loss"] == pytest.approx(alone[0]["loss"] + sft[0]["loss"], rel=1e-5)
 
 
-def test_dense_fractions_of_zero_and_one(source, tmp_path):
+def test_dense_fractions_of_zero_and_one(noise, tmp_path):
     assert not any(is_dense(step, 0) for step in range(100))
     assert all(is_dense(step, 1) for step in range(100))
-    never = run(recipe(source, tmp_path / "never", EVICTED, training={"dense_fraction": 1}))
-    run(recipe(source, tmp_path / "without"))
+    never = run(recipe(noise, tmp_path / "never", EVICTED, training={"dense_fraction": 1}))
+    run(recipe(noise, tmp_path / "without"))
     assert column(never, "kind") == ["dense"] * 3
     assert not any("evictions" in row for row in never)
-    weights = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("never", "without")]
+    weights = [adapter_bytes(tmp_path / name) for name in ("never", "without")]
     assert weights[0] == weights[1]
     for name in ("never", "without"):
         assert EvictionConfig.from_pretrained(tmp_path / name) == EvictionConfig(policy="full")
 
 
-def test_the_log_says_which_budget_a_step_had(source, tmp_path):
+def test_the_log_says_which_budget_a_step_had(noise, tmp_path):
     settings = recipe(
-        source, tmp_path / "run", {**EVICTED, "budget": [24, 64]},
+        noise, tmp_path / "run", {**EVICTED, "budget": [24, 64]},
         training={"steps": 24, "dense_fraction": 0.34, "global_batch": 1},
     )  # fmt: skip
     configs = [step_eviction(settings, step) for step in range(24)]
@@ -316,17 +251,17 @@ def test_the_log_says_which_budget_a_step_had(source, tmp_path):
         ("cosine", [0, 0.5, *((1 + math.cos(math.pi * part / 4)) / 2 for part in range(4))]),
     ],
 )
-def test_learning_rate_after_the_warm_up(source, tmp_path, schedule, expected):
+def test_learning_rate_after_the_warm_up(noise, tmp_path, schedule, expected):
     settings = recipe(
-        source, tmp_path / "run", training={"steps": 6, "global_batch": 2},
+        noise, tmp_path / "run", training={"steps": 6, "global_batch": 2},
         optim={"schedule": schedule, "warmup_steps": 2},
     )  # fmt: skip
     assert column(run(settings), "learning_rate") == pytest.approx([1e-3 * share for share in expected])
 
 
-def test_what_a_run_leaves_behind(source, tmp_path):
+def test_what_a_run_leaves_behind(noise, tmp_path):
     settings = recipe(
-        source, tmp_path / "run", {**EVICTED, "budget": [32, 24]}, data={"held_out": 4, "max_length": 70},
+        noise, tmp_path / "run", {**EVICTED, "budget": [32, 24]}, data={"held_out": 4, "max_length": 70},
         log={"evaluate_every": 2},
     )  # fmt: skip
     logged = run(settings)
@@ -338,7 +273,7 @@ def test_what_a_run_leaves_behind(source, tmp_path):
     assert {"python", "vkvtrain", "transformers", "peft", "accelerate", "git"} <= environment.keys()
     assert json.loads((directory / "adapter_config.json").read_text())["peft_type"] == "LORA"
     assert AutoTokenizer.from_pretrained(directory).eos_token == "<eos>"
-    weights = adapter(directory)
+    weights = adapter_weights(directory)
     assert weights
     assert all("lora_" in name and weight.isfinite().all() for name, weight in weights.items())
     assert column(logged, "step") == [1, 2, 3]
@@ -349,9 +284,9 @@ def test_what_a_run_leaves_behind(source, tmp_path):
 
 
 @pytest.mark.parametrize("init", ["default", "gaussian", "pissa", "olora"])
-def test_the_adapter_reloads_with_plain_peft(source, tmp_path, init):
+def test_the_adapter_reloads_with_plain_peft(noise, tmp_path, init):
     """On a stock model; its losses on the held-out rows, full and evicted, are those that training printed last."""
-    settings = recipe(source, tmp_path / "run", EVICTED, data={"held_out": 6}, lora={"init": init})
+    settings = recipe(noise, tmp_path / "run", EVICTED, data={"held_out": 6}, lora={"init": init})
     last = run(settings)[-1]
     rows = load_data(settings.data, AutoTokenizer.from_pretrained(str(MODEL_PATH))).held_out
 
@@ -377,36 +312,36 @@ def test_the_adapter_reloads_with_plain_peft(source, tmp_path, init):
     assert abs(full - evicted) > 1e-3
 
 
-def test_a_finished_run_is_not_overwritten_by_accident(source, tmp_path):
-    settings = recipe(source, tmp_path / "run", training={"steps": 1, "global_batch": 2})
+def test_a_finished_run_is_not_overwritten_by_accident(noise, tmp_path):
+    settings = recipe(noise, tmp_path / "run", training={"steps": 1, "global_batch": 2})
     run(settings)
-    before = (settings.output / "adapter_model.safetensors").read_bytes()
-    again = recipe(source, tmp_path / "run", training={"steps": 2, "global_batch": 2}, seed=1)
+    before = adapter_bytes(settings.output)
+    again = recipe(noise, tmp_path / "run", training={"steps": 2, "global_batch": 2}, seed=1)
     with pytest.raises(ValueError, match=r"holds a finished run.*--overwrite"):
         train(again)
-    assert (settings.output / "adapter_model.safetensors").read_bytes() == before
+    assert adapter_bytes(settings.output) == before
     assert len(metrics(settings.output)) == 1
     assert len(run(again, overwrite=True)) == 2
-    assert (settings.output / "adapter_model.safetensors").read_bytes() != before
+    assert adapter_bytes(settings.output) != before
     assert load_recipe(settings.output / "recipe.yaml") == again
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_no_adapter(source, tmp_path):
-    run(recipe(source, tmp_path / "run", training={"steps": 1, "global_batch": 2}))
-    broken = recipe(source, tmp_path / "run", training={"global_batch": 2}, optim={"learning_rate": 1e30})
+def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_no_adapter(noise, tmp_path):
+    run(recipe(noise, tmp_path / "run", training={"steps": 1, "global_batch": 2}))
+    broken = recipe(noise, tmp_path / "run", training={"global_batch": 2}, optim={"learning_rate": 1e30})
     with pytest.raises(Failed, match=r"step 2: the loss is nan; samples \[\d+, \d+\].*learning_rate"):
         train(broken, overwrite=True)
     assert not (tmp_path / "run" / "adapter_model.safetensors").exists()
     assert len(metrics(tmp_path / "run")) == 1
-    other = recipe(source, tmp_path / "run", training={"steps": 1, "global_batch": 2})
+    other = recipe(noise, tmp_path / "run", training={"steps": 1, "global_batch": 2})
     with pytest.raises(ValueError, match="holds checkpoints of another recipe"):
         run(other)
     run(other, overwrite=True)
 
 
-def test_gradients_are_clipped_to_the_norm(source, tmp_path):
+def test_gradients_are_clipped_to_the_norm(noise, tmp_path):
     """Adam forgets the scale of all gradients, so the clipped gradient itself is looked at."""
-    settings = recipe(source, tmp_path / "run", optim={"max_grad_norm": 0.25})
+    settings = recipe(noise, tmp_path / "run", optim={"max_grad_norm": 0.25})
     torch.manual_seed(0)
     model, accelerator = ModelWithLoss(load_model(settings), settings.training), Accelerator()
     seen = []
@@ -425,16 +360,16 @@ def test_gradients_are_clipped_to_the_norm(source, tmp_path):
     assert seen == pytest.approx([0.25], rel=1e-4)
 
 
-def test_the_adapter_is_float32_whatever_the_base_is(source, tmp_path):
-    model = load_model(recipe(source, tmp_path, model={"dtype": "bfloat16"}))
+def test_the_adapter_is_float32_whatever_the_base_is(noise, tmp_path):
+    model = load_model(recipe(noise, tmp_path, model={"dtype": "bfloat16"}))
     kinds = {("lora_" in name, weight.dtype, weight.requires_grad) for name, weight in model.named_parameters()}
     assert kinds == {(True, torch.float32, True), (False, torch.bfloat16, False)}
 
 
 @pytest.mark.parametrize("processes", [1, 2, 4, 8])
 @pytest.mark.parametrize("packing", [False, True])
-def test_the_global_batch_does_not_depend_on_the_processes(source, tmp_path, processes, packing):
-    settings = recipe(source, tmp_path, data={"packing": packing}, training={"global_batch": 8, "batch_per_device": 2})
+def test_the_global_batch_does_not_depend_on_the_processes(noise, tmp_path, processes, packing):
+    settings = recipe(noise, tmp_path, data={"packing": packing}, training={"global_batch": 8, "batch_per_device": 2})
     rows = [Row(index, range(1, 3 + 5 * index % 17), 1) for index in range(20)]
     for step in range(6):
         shares = [step_batches(settings, rows, step, rank, processes, 0, CPU) for rank in range(processes)]

@@ -6,8 +6,8 @@ import random
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import LoggerType
+from short_runs import metrics, short_recipe
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -18,33 +18,21 @@ from vkvtrain.training import generated, logs
 from vkvtrain.training.data import Row, TrainingData, load_data
 from vkvtrain.training.generated import requests, right
 from vkvtrain.training.held_out import shares
-from vkvtrain.training.logs import read_metrics, trackers
+from vkvtrain.training.logs import trackers
 from vkvtrain.training.loop import check_loss_masks, train
 from vkvtrain.training.report import plot, report
-from vkvtrain.training.settings import LogSettings, Recipe
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    """accelerate keeps its state in singletons."""
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+from vkvtrain.training.settings import LogSettings
 
 
 def recipe(output, **sections):
-    chosen = {
-        "model": {"name": "tiny"},
+    defaults = {
         "data": {"source": "tiny:keyed_sum", "rows": 12, "held_out": 5},
         "lora": {"r": 4, "alpha": 8},
         "eviction": {"policy": "vase_attnv", "budget": [48, 64], "window": 16},
         "training": {"steps": 4, "global_batch": 3, "batch_per_device": 2, "dense_fraction": 0.25},
-        "optim": {"learning_rate": 1e-3, "warmup_steps": 0},
-        "log": {"evaluate_every": 2, "generate_every": 3, "generate_samples": 3},
+        "log": {"tracker": "auto", "evaluate_every": 2, "generate_every": 3, "generate_samples": 3},
     }
-    return Recipe(
-        **{name: {**chosen.get(name, {}), **sections.get(name, {})} for name in {*chosen, *sections}}, output=output
-    )
+    return short_recipe(output, defaults, sections)
 
 
 @pytest.fixture(scope="module")
@@ -52,13 +40,11 @@ def finished(tmp_path_factory):
     """A finished run."""
     settings = recipe(tmp_path_factory.mktemp("finished") / "run")
     train(settings)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
     return settings
 
 
 def test_the_log_has_what_is_promised(finished):
-    rows = read_metrics(finished.output / "metrics.jsonl")
+    rows = metrics(finished.output)
     always = {
         "step", "kind", "loss", "grad_norm", "learning_rate", "tokens_per_second", "peak_memory_gib",
     }  # fmt: skip
@@ -92,7 +78,7 @@ def test_the_held_out_losses_are_those_of_the_finished_adapter_row_by_row(finish
             logits = model(input_ids=ids[None]).logits[0]
         summed += cross_entropy(logits[start - 1 : -1], ids[start:], reduction="sum").item()
         targets += row.response_length
-    last = read_metrics(finished.output / "metrics.jsonl")[-1]
+    last = metrics(finished.output)[-1]
     assert last["held_out_loss_evicted_48"] == pytest.approx(summed / targets, rel=1e-3)
 
 
@@ -112,7 +98,7 @@ def test_generated_answers_are_graded_and_counted(finished):
         text.partition("</think>")[2][:1] == want.partition("</think>")[2][:1]
         for text, want in zip(texts, wanted, strict=True)
     ]
-    last = read_metrics(finished.output / "metrics.jsonl")[-1]
+    last = metrics(finished.output)[-1]
     assert last["generated_right_48"] == pytest.approx(sum(totals) / 3, abs=1e-4)
     assert last["generated_finished_48"] == pytest.approx(sum(answer.finished for answer in answers) / 3, abs=1e-4)
 
@@ -167,7 +153,7 @@ def test_held_out_rows_are_counted_once_in_as_many_passes_everywhere(processes):
 
 def test_the_report_says_what_happened(finished):
     text = (finished.output / "report.md").read_text()
-    rows = read_metrics(finished.output / "metrics.jsonl")
+    rows = metrics(finished.output)
     assert (finished.output / "training.png").read_bytes().startswith(b"\x89PNG")
     assert "- steps: 4, 1 of them dense" in text
     assert f"| held_out_loss_full | {rows[1]['held_out_loss_full']} | {rows[3]['held_out_loss_full']} |" in text
@@ -187,7 +173,7 @@ def test_tensorboard_is_the_default_where_it_is_installed(finished):
     assert finished.log.tracker == "auto"
     events = EventAccumulator(str(finished.output / "vkvtrain"))
     events.Reload()
-    rows = read_metrics(finished.output / "metrics.jsonl")
+    rows = metrics(finished.output)
     logged = events.Scalars("loss")
     assert [event.step for event in logged] == [1, 2, 3, 4]
     assert [event.value for event in logged] == pytest.approx([row["loss"] for row in rows])

@@ -27,7 +27,7 @@ def short_recipe(output: str | Path, *parts: dict[str, Any]) -> Recipe:
     for part in (DEFAULTS, *parts):
         for name, value in part.items():
             merged[name] = {**merged.get(name, {}), **value} if isinstance(value, dict) else value
-    return Recipe(**merged, output=output)
+    return Recipe(**merged, output=Path(output))
 
 
 def run(settings: Recipe, **flags: bool) -> list[dict[str, Any]]:

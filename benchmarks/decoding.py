@@ -5,19 +5,23 @@
 
 Random weights, greedy, no end token. Two questions, all sides in one process in turn:
 
-- the same number of tokens decoded with transformers' `DynamicCache`, with its `StaticCache` of the full length, and
-  with `EvictionCache`: tokens/s, bytes of cache storage at the end, and the share of our time that goes into evictions;
+- the same number of tokens decoded with transformers' `DynamicCache`, step by step; with its `StaticCache` of the full
+  length, compiled; and with `EvictionCache`, step by step and compiled: tokens/s, peak memory (bytes of cache storage
+  at the end; on a GPU of the whole process too), and the share of our time that goes into evictions;
 - one window of tokens, one eviction included, decoded with equally many entries held: milliseconds a token of
   `DynamicCache` and of `EvictionCache`. What is lost there is overhead.
 
-All sides run eagerly. Prints medians and ratios, writes JSON.
+What is compiled is one graph, `torch.compile(fullgraph=True)`, in mode `reduce-overhead` (CUDA graphs) on a GPU; the
+first steps of each decoding, which compile and record, are not timed. Prints medians and ratios, writes JSON.
 """
 
 import statistics
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +32,11 @@ from transformers import Cache, DynamicCache, Qwen3Config, Qwen3ForCausalLM, Sta
 
 from vkvtrain import EvictionCache, EvictionConfig
 from vkvtrain.cache import EvictionLayer
+from vkvtrain.generation.decoders import Compiled, Eager, compiled
+
+WARM_UP = 4
+"""Steps of each decoding that are not timed: they compile, and record CUDA graphs."""
+DYNAMIC, STATIC, OURS, COMPILED = "dynamic cache", "static cache, compiled", "ours", "ours, compiled"
 
 
 @dataclass
@@ -102,21 +111,56 @@ def make_model(size: dict[str, Any], attention: str) -> Any:
         return model.to(dtype).eval()
 
 
+class Stock:
+    """transformers' own caches, step by step or compiled as ours is."""
+
+    def __init__(self, model: Any, cache: Cache, compile: bool) -> None:
+        self.cache = cache
+
+        def step(tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+            return model(input_ids=tokens, position_ids=positions, past_key_values=cache).logits
+
+        self.forward = compiled(step, model.device) if compile else step
+
+
+@dataclass(frozen=True)
+class Side:
+    """A model with a kind of cache and a way to step."""
+
+    model: Any
+    make_cache: Callable[[], Cache]
+    decoder: Callable[[Any, Any], Any]
+
+
+@dataclass(frozen=True)
+class Decoding:
+    seconds: float
+    """Of the steps that are timed."""
+    seconds_to_warm_up: float
+    """Of those before: where a step is compiled, of compiling it."""
+    cache_bytes: int
+    """Of the keys and values stored at the end."""
+
+
 @torch.no_grad()
-def decode(model: Any, cache: Cache, prompt: torch.Tensor, tokens: int) -> float:
-    """Seconds of `tokens` greedy steps after the prompt; the prompt's forward is not counted."""
+def decode(side: Side, prompt: torch.Tensor, tokens: int) -> Decoding:
+    """`tokens` greedy steps after the prompt and a few steps that warm up."""
     device = prompt.device
-    logits = model(input_ids=prompt, past_key_values=cache, logits_to_keep=1).logits
-    token, position = logits[:, -1].argmax(-1, keepdim=True), torch.full((len(prompt), 1), prompt.shape[1])
-    position = position.to(device)
+    cache = side.make_cache()
+    logits = side.model(input_ids=prompt, past_key_values=cache, logits_to_keep=1).logits
+    decoder = side.decoder(side.model, cache)
+    position = torch.full((len(prompt), 1), prompt.shape[1], device=device)
+    times = []
+    for steps in (WARM_UP, tokens):
+        _wait(device)
+        times.append(time.perf_counter())
+        for _ in range(steps):
+            token = logits[:, -1].argmax(-1, keepdim=True)
+            logits = decoder.forward(token, position)
+            position += 1
     _wait(device)
-    began = time.perf_counter()
-    for _ in range(tokens):
-        logits = model(input_ids=token, position_ids=position, past_key_values=cache).logits
-        token = logits[:, -1].argmax(-1, keepdim=True)
-        position += 1
-    _wait(device)
-    return time.perf_counter() - began
+    times.append(time.perf_counter())
+    return Decoding(times[2] - times[1], times[1] - times[0], stored_bytes(cache))
 
 
 def _wait(device: torch.device) -> None:
@@ -152,63 +196,91 @@ def stored_bytes(cache: Cache) -> int:
     return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
 
 
+def sides_of(size: dict[str, Any]) -> dict[str, Side]:
+    """Everything that is compared, by name."""
+    config = EvictionConfig(policy=size["policy"], budget=size["budget"], window=size["window"])
+    stock, ours = make_model(size, "sdpa"), make_model(size, "vkvtrain")
+    total = size["prompt"] + WARM_UP + size["tokens"]
+
+    def evicting() -> EvictionCache:
+        return EvictionCache(config, ours.config)
+
+    return {
+        DYNAMIC: Side(stock, DynamicCache, partial(Stock, compile=False)),
+        STATIC: Side(
+            stock, partial(StaticCache, config=stock.config, max_cache_len=total), partial(Stock, compile=True)
+        ),
+        OURS: Side(ours, evicting, Eager),
+        COMPILED: Side(ours, evicting, partial(Compiled, capacity=size["budget"] + size["window"])),
+    }
+
+
+def measure(size: dict[str, Any], sides: dict[str, Side], device: torch.device) -> dict[str, dict[str, float]]:
+    """Of each side the medians over the rounds."""
+    generator = torch.Generator().manual_seed(0)
+    ids, held = (
+        torch.randint(0, size["vocab"], (size["rows"], length), generator=generator).to(device)
+        for length in (size["prompt"], size["budget"])
+    )
+    some = max(1, min(size["tokens"], 8 * size["window"]) // size["window"]) * size["window"]
+    found: dict[str, dict[str, list[float]]] = {name: defaultdict(list) for name in sides}
+    for name, side in sides.items():
+        found[name]["seconds_to_compile"].append(decode(side, ids, 1).seconds_to_warm_up)
+    for number in range(size["rounds"]):
+        for name, side in sides.items():
+            its = found[name]
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
+            timed = decode(side, ids, size["tokens"])
+            its["tokens_per_second"].append(size["rows"] * size["tokens"] / timed.seconds)
+            its["cache_bytes"].append(timed.cache_bytes)
+            if device.type == "cuda":
+                its["peak_bytes"].append(torch.cuda.max_memory_allocated())
+            if name != STATIC:  # which attends to its full length at every step
+                timed = decode(side, held, size["window"])
+                its["milliseconds_a_step_at_equal_length"].append(timed.seconds / size["window"] * 1e3)
+            if name in (OURS, COMPILED):
+                with timed_evictions(device) as events:
+                    timed = decode(side, held, some)
+                its["share_of_time_evicting"].append(sum(events) / timed.seconds)
+            print(f"round {number + 1} of {size['rounds']}: {name}", flush=True)
+    return {name: {what: statistics.median(values) for what, values in its.items()} for name, its in found.items()}
+
+
 def main(settings: Settings) -> None:
     size = resolved(settings)
     device = torch.device(size["device"])
-    config = EvictionConfig(policy=size["policy"], budget=size["budget"], window=size["window"])
-    stock, ours = make_model(size, "sdpa"), make_model(size, "vkvtrain")
-    generator = torch.Generator().manual_seed(0)
-
-    def prompt(length: int) -> torch.Tensor:
-        return torch.randint(0, size["vocab"], (size["rows"], length), generator=generator).to(device)
-
-    total = size["prompt"] + size["tokens"]
-    sides: dict[str, tuple[Any, Callable[[], Cache]]] = {
-        "dynamic cache": (stock, DynamicCache),
-        "static cache": (stock, lambda: StaticCache(config=stock.config, max_cache_len=total)),
-        "eviction cache": (ours, lambda: EvictionCache(config, ours.config)),
-    }
-    ids, held = prompt(size["prompt"]), prompt(size["budget"])
-    rates: dict[str, list[float]] = {name: [] for name in sides}
-    equal: dict[str, list[float]] = {name: [] for name in sides if name != "static cache"}
-    sizes, share = {}, []
-    for model, make in sides.values():  # warm up
-        decode(model, make(), ids, 4)
-    for number in range(size["rounds"]):
-        for name, (model, make) in sides.items():
-            cache = make()
-            rates[name].append(size["rows"] * size["tokens"] / decode(model, cache, ids, size["tokens"]))
-            sizes[name] = stored_bytes(cache)
-            del cache
-        for name in equal:
-            model, make = sides[name]
-            equal[name].append(decode(model, make(), held, size["window"]) / size["window"] * 1e3)
-        with timed_evictions(device) as seconds:
-            steps = max(size["window"], min(size["tokens"], 8 * size["window"]) // size["window"] * size["window"])
-            spent = decode(ours, EvictionCache(config, ours.config), held, steps)
-        share.append(sum(seconds) / spent)
-        print(f"round {number + 1} of {size['rounds']}", flush=True)
-    rate = {name: statistics.median(values) for name, values in rates.items()}
-    step = {name: statistics.median(values) for name, values in equal.items()}
+    found = measure(size, sides_of(size), device)
+    skipped = torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
     results = {
         "settings": {name: value for name, value in size.items() if name != "output"},
-        "tokens_per_second": rate,
-        "cache_bytes": sizes,
-        "share_of_time_evicting": statistics.median(share),
-        "milliseconds_a_step_at_equal_length": step,
+        "sides": found,
+        "cuda_graphs_skipped": skipped,
         "machine": machine(device),
     }
-    print(f"\n{size['rows']} rows, {total} tokens each, budget {size['budget']} + {size['window']}, eager")
-    print(f"{'':16s}{'tokens/s':>10s}{'ours, times':>13s}{'cache MiB':>11s}{'ours, times':>13s}")
-    for name in sides:
-        print(
-            f"{name:16s}{rate[name]:10.1f}{rate['eviction cache'] / rate[name]:13.2f}{sizes[name] / 2**20:11.1f}"
-            f"{sizes['eviction cache'] / sizes[name]:13.2f}"
-        )
-    print(f"evicting: {results['share_of_time_evicting']:.1%} of decode time (events timed one by one)")
-    dynamic, own = step["dynamic cache"], step["eviction cache"]
-    print(f"{size['budget']} to {size['budget'] + size['window']} entries held: {own:.1f} ms a step, dynamic cache "
-          f"{dynamic:.1f} ms, ratio {dynamic / own:.2f}")  # fmt: skip
+    total = size["prompt"] + WARM_UP + size["tokens"]
+    print(f"\n{size['rows']} rows, {total} tokens each, budget {size['budget']} + {size['window']}")
+    print("'times' is ours, compiled, over the row's (tokens/s), or the row's over it (milliseconds)")
+    columns = [("tokens/s", 10), ("times", 7), ("cache MiB", 11), ("peak MiB", 10), ("ms at equal length", 20),
+               ("times", 7), ("evicting", 10), ("compiling", 11)]  # fmt: skip
+    print(f"{'':24s}" + "".join(title.rjust(width) for title, width in columns))
+    best = found[COMPILED]
+    for name, its in found.items():
+        own = its.get("milliseconds_a_step_at_equal_length")
+        cells = [
+            f"{its['tokens_per_second']:.1f}",
+            f"{best['tokens_per_second'] / its['tokens_per_second']:.2f}",
+            f"{its['cache_bytes'] / 2**20:.1f}",
+            f"{its['peak_bytes'] / 2**20:.0f}" if "peak_bytes" in its else "",
+            "" if own is None else f"{own:.1f}",
+            "" if own is None else f"{own / best['milliseconds_a_step_at_equal_length']:.2f}",
+            f"{its['share_of_time_evicting']:.1%}" if "share_of_time_evicting" in its else "",
+            f"{its['seconds_to_compile']:.0f} s" if "compiled" in name else "",
+        ]
+        print(f"{name:24s}" + "".join(cell.rjust(width) for cell, (_, width) in zip(cells, columns, strict=True)))
+    if skipped:
+        print(f"CUDA graphs were skipped {skipped} times: what is called compiled ran without them in part")
     write(results, size["output"])
 
 

@@ -69,7 +69,8 @@ def attention_forward(
         raise ValueError("simulated_eviction and EvictionCache exclude each other: use the cache outside the block")
     if layer is not None:
         _refuse_dropout(dropout, "EvictionCache")
-        return _decode(layer, query, key, value, attention_mask, form), None
+        decode = _decode if isinstance(layer, RowLayer) else type(layer).attend  # a static view's is compiled
+        return decode(layer, query, key, value, attention_mask, form), None
     assert simulation is not None
     _refuse_dropout(dropout, "a simulation")
     index: Any = module.layer_idx

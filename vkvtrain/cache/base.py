@@ -16,8 +16,14 @@ from vkvtrain.selection import Selector
 _LAYER = "_vkvtrain_cache_layer"
 
 
-def layer_of(key: Tensor) -> "RowLayer | None":
-    """The cache layer that returned this key tensor from `update`, if any."""
+def carry(key: Tensor, layer: Any) -> Tensor:
+    """The key tensor, a fresh one, which now carries its cache layer to the attention function."""
+    setattr(key, _LAYER, layer)
+    return key
+
+
+def layer_of(key: Tensor) -> Any:
+    """The cache layer that returned this key tensor from `update`; None without one."""
     return getattr(key, _LAYER, None)
 
 
@@ -148,8 +154,7 @@ class RowLayer(CacheLayerMixin):
                     "or call cache.reset(streams=...) to start afresh"
                 )
             keys, values = self.append(key_states, value_states)
-        setattr(keys, _LAYER, self)
-        return keys, values
+        return carry(keys, self), values
 
     def reorder_cache(self, beam_idx: Tensor) -> NoReturn:
         raise ValueError("beam search does not work with EvictionCache: use num_beams=1")
@@ -179,6 +184,11 @@ class RowLayer(CacheLayerMixin):
             form: scaling, soft cap and sinks of the attention.
         """
         raise NotImplementedError
+
+    def finish(self, step: Step) -> None:
+        """Count a step whose tokens are stored and attended; then the events that are due."""
+        self.columns += step.new
+        self.counters = step.after
 
     def held_bytes(self, row: int) -> tuple[int, int]:
         """(bytes held of a row, most that were ever held)."""

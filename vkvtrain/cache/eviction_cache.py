@@ -75,7 +75,7 @@ class EvictionCache(Cache):
 
         Bytes are of all layers, each row's own tokens alone; sliding-window layers count what their window holds.
         """
-        layers = self._row_layers()
+        layers = self.row_layers
         first = max(layers, key=lambda layer: (layer.evicts, isinstance(layer, EvictionLayer)))
         rows = []
         for row in range(len(first.counters.seen)):
@@ -95,12 +95,12 @@ class EvictionCache(Cache):
     @property
     def allocated_bytes(self) -> int:
         """Bytes of key and value storage, all rows and layers."""
-        held = [tensor for layer in self._row_layers() for tensor in (layer.keys, layer.values) if tensor is not None]
+        held = [tensor for layer in self.row_layers for tensor in (layer.keys, layer.values) if tensor is not None]
         return sum(tensor.untyped_storage().nbytes() for tensor in held)
 
     def reset(self, streams: Sequence[Stream] | None = None) -> None:
         """Forget the sequences; `streams` names the next ones (default: the same as before)."""
-        for layer in self._row_layers():
+        for layer in self.row_layers:
             layer.reset()
         self._shared.awaiting = None
         if streams is not None:
@@ -111,6 +111,31 @@ class EvictionCache(Cache):
 
     def activate_past_recording(self) -> NoReturn:
         raise ValueError("assisted decoding does not work with EvictionCache: generate without an assistant")
+
+    @property
+    def row_layers(self) -> list[RowLayer]:
+        """All layers."""
+        return [layer for layer in self.layers if isinstance(layer, RowLayer)]
+
+    @property
+    def evicting_layers(self) -> list[EvictionLayer]:
+        """The layers that evict; they all count alike."""
+        return [layer for layer in self.layers if isinstance(layer, EvictionLayer) and layer.evicts]
+
+    @property
+    def sliding_layers(self) -> list[SlidingLayer]:
+        """The layers with a sliding window of their own."""
+        return [layer for layer in self.layers if isinstance(layer, SlidingLayer)]
+
+    def finish_step(self) -> bool:
+        """Count one token a row that was stored and attended from outside, with the events due; whether one was."""
+        evicted = False
+        for layer in self.row_layers:
+            assert layer.keys is not None
+            step = self._shared.step(layer.counters, 1, layer.keys.device, layer.evicts)
+            layer.finish(step)
+            evicted = evicted or bool(step.due)
+        return evicted
 
     # Rows that come and go, for continuous batching
 
@@ -123,22 +148,19 @@ class EvictionCache(Cache):
             model_config: the model's configuration.
         """
         joined = cls(caches[0].config, model_config)
-        for layer, *sources in zip(joined._row_layers(), *(cache._row_layers() for cache in caches), strict=True):
+        for layer, *sources in zip(joined.row_layers, *(cache.row_layers for cache in caches), strict=True):
             layer.join(sources)
         return joined
 
     def replace_row(self, row: int, other: "EvictionCache") -> None:
         """Put the first row of another cache in the place of `row`."""
-        for layer, source in zip(self._row_layers(), other._row_layers(), strict=True):
+        for layer, source in zip(self.row_layers, other.row_layers, strict=True):
             layer.replace_row(row, source)
 
     def keep_rows(self, rows: Sequence[int]) -> None:
         """Drop all rows but these, in this order."""
-        for layer in self._row_layers():
+        for layer in self.row_layers:
             layer.keep_rows(rows)
-
-    def _row_layers(self) -> list[RowLayer]:
-        return [layer for layer in self.layers if isinstance(layer, RowLayer)]
 
 
 def _checked_streams(config: EvictionConfig, streams: Sequence[Stream] | None) -> list[Stream] | None:

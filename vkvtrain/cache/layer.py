@@ -38,6 +38,10 @@ class EvictionLayer(RowLayer):
         self.decoded = False
         self.step: Step | None = None
         """What is under way, from `update` to the end of `attend`."""
+        self.form: LogitForm | None = None
+        """The form of the layer's attention."""
+        self.is_fixed = False
+        """Whether the storage keeps its size, for good."""
 
     @property
     def evicts(self) -> bool:
@@ -59,11 +63,14 @@ class EvictionLayer(RowLayer):
         if self.queries is not None:
             newest = query[:, :, -self.queries.shape[2] :].to(self.queries.dtype)
             self.queries.scatter_(2, step.place.expand(newest.shape), newest)
-        if new == 1:
-            self.decoded = True
-            self._evict(step, form)
-        self.counters = step.after
+        self.finish(step)
         return out.transpose(1, 2)
+
+    def finish(self, step: Step) -> None:
+        if step.new == 1:
+            self.decoded = True
+            self._evict(step)
+        super().finish(step)
 
     # Storage
 
@@ -72,7 +79,7 @@ class EvictionLayer(RowLayer):
         device = key.device
         lengths = self.shared.row_lengths(mask, rows, width)
         self.counters = Counters.of_prompts(lengths)
-        self.columns = width
+        self.columns, self.form = width, form
         self.philox = torch.tensor(self.shared.keys(rows), dtype=torch.int64, device=device)
         config = self.shared.config
         capacity = max(lengths) + _GROWTH
@@ -96,6 +103,11 @@ class EvictionLayer(RowLayer):
                 self.queries[row, :, place] = query[row, :, width - newest :]
         self.is_initialized = True
 
+    def fix_capacity(self, entries: int) -> None:
+        """Storage of so many entries, which never moves from here on."""
+        self._resize(entries)
+        self.is_fixed = True
+
     def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         new = key.shape[2]
         if new > 1 and not self.decoded:
@@ -111,12 +123,12 @@ class EvictionLayer(RowLayer):
             self._resize(step.entries + (self.shared.config.window if self.evicts else _GROWTH))
         self.keys.scatter_(2, step.slot.expand(key.shape), key)
         self.values.scatter_(2, step.slot.expand(value.shape), value)
-        self.columns += new
         return self.keys[:, :, : step.entries], self.values[:, :, : step.entries]
 
     def _resize(self, capacity: int) -> None:
         if self.keys is None or self.keys.shape[2] == capacity:
             return
+        assert not self.is_fixed
         assert self.entry_positions is not None
         held = min(capacity, self.keys.shape[2])
         positions = self.entry_positions
@@ -138,7 +150,9 @@ class EvictionLayer(RowLayer):
 
     def join(self, sources: Sequence[RowLayer]) -> None:
         super().join(sources)
-        self.decoded = any(isinstance(source, EvictionLayer) and source.decoded for source in sources)
+        same = [source for source in sources if isinstance(source, EvictionLayer)]
+        self.decoded = any(source.decoded for source in same)
+        self.form = same[0].form
 
     def held_bytes(self, row: int) -> tuple[int, int]:
         return self.counters.live[row] * self.entry_bytes(), self.counters.peak[row] * self.entry_bytes()
@@ -155,13 +169,14 @@ class EvictionLayer(RowLayer):
 
     # Accumulated attention, in blocks of `window` entries: the queries of a block are in the ring when it is full
 
-    def _add_mass(self, rows: list[int], live: int, form: LogitForm) -> None:
+    def _add_mass(self, rows: list[int], live: int) -> None:
         """Add what the newest block's queries attend to, in rows that all hold `live` entries."""
+        assert self.form is not None
         assert self.mass is not None
         assert self.keys is not None
         row = self._index(rows, self.keys.device)
         keys = _pick(self.keys[:, :, :live], row).to(self.mass.dtype)
-        found = attention_mass(self._window_queries(row), keys, form)
+        found = attention_mass(self._window_queries(row), keys, self.form)
         if row is None:
             self.mass[:, :, :live] += found
         else:
@@ -193,13 +208,13 @@ class EvictionLayer(RowLayer):
 
     # Eviction
 
-    def _evict(self, step: Step, form: LogitForm) -> None:
+    def _evict(self, step: Step) -> None:
         if self.mass is not None:
             for live, rows in step.full.items():
-                self._add_mass(rows, live, form)
+                self._add_mass(rows, live)
         for live, rows in step.due.items():
-            self._evict_rows(rows, live, step, form)
-        if not step.due or self.keys is None:
+            self._evict_rows(rows, live, step)
+        if not step.due or self.keys is None or self.is_fixed:
             return
         config = self.shared.config
         assert config.budget is not None
@@ -207,10 +222,11 @@ class EvictionLayer(RowLayer):
         if max(step.after.live) <= limit < self.keys.shape[2]:
             self._resize(limit)  # a prompt longer than the budget needed more
 
-    def _evict_rows(self, rows: list[int], live: int, step: Step, form: LogitForm) -> None:
+    def _evict_rows(self, rows: list[int], live: int, step: Step) -> None:
         """One event in rows that all hold `live` entries."""
-        selector, config = self.selector, self.shared.config
+        selector, config, form = self.selector, self.shared.config, self.form
         assert selector is not None
+        assert form is not None
         assert self.keys is not None
         assert self.values is not None
         assert self.entry_positions is not None

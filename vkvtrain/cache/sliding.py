@@ -31,7 +31,6 @@ class SlidingLayer(RowLayer):
         assert self.keys is not None
         assert self.values is not None
         new = key.shape[2]
-        self.columns += new
         self.step = self.shared.step(self.counters, new, key.device, evicts=False)
         if new > 1:
             return torch.cat([self.keys, key], dim=2), torch.cat([self.values, value], dim=2)
@@ -53,7 +52,7 @@ class SlidingLayer(RowLayer):
         out = attend(query, key, value, form, ring.visible if new == 1 else ring.visible_to_chunk)
         if new > 1:
             self._store(key[:, :, self.window :], value[:, :, self.window :], ring)
-        self.counters = step.after
+        self.finish(step)
         return out.transpose(1, 2)
 
     def held_bytes(self, row: int) -> tuple[int, int]:

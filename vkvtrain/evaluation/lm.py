@@ -4,6 +4,7 @@ Model arguments are HFLM's and the fields of `EvictionConfig` (`policy=vase_attn
 `eviction_config=<directory or repository>`. Without either the cache is full. A PEFT directory's own
 eviction_config.json is never read silently: what an adapter was trained for and what it is evaluated under are separate
 settings. `journal=<directory>` keeps finished generations there: an interrupted run, given again, goes on.
+`compile=true` decodes by a compiled step, on a GPU as a CUDA graph.
 """
 
 import logging
@@ -24,6 +25,7 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, po
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
+from vkvtrain.cache import check_bounded
 from vkvtrain.evaluation.arguments import check_arguments, own_generation_settings, take_eviction_config
 from vkvtrain.evaluation.records import (
     RECORD,
@@ -83,7 +85,10 @@ class EvictionLM(_HFLM):
             config = transformers.AutoConfig.from_pretrained(pretrained, revision=revision, trust_remote_code=trust)
         except OSError as error:
             raise ValueError(f"pretrained={pretrained} cannot be loaded: {' '.join(str(error).split())}") from None
-        layer_kinds(config, self.eviction)
+        kinds = layer_kinds(config, self.eviction)
+        self.compile = bool(arguments.pop("compile", False))
+        if self.compile:
+            check_bounded(kinds)
         check_generation(own_generation_settings(pretrained, revision))
         self.run = Run()
         self.warnings: list[str] = []
@@ -147,6 +152,7 @@ class EvictionLM(_HFLM):
             tokenizer=self.tokenizer,
             progress=None if disable_tqdm or self.rank != 0 else "generating",
             journal=journal,
+            compile=self.compile,
         )
         answers = {
             (id(job.asked), job.repeat): self._generation(job, completion)

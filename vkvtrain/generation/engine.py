@@ -15,11 +15,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from vkvtrain.cache import EvictionCache
+from vkvtrain.cache import EvictionCache, check_bounded
 from vkvtrain.config import EvictionConfig
+from vkvtrain.generation.decoders import Compiled, Eager
 from vkvtrain.generation.journal import Journal, context_of
 from vkvtrain.generation.requests import Completion, Request, check_requests
 from vkvtrain.generation.sampling import Sampler
+from vkvtrain.support import layer_kinds
 
 
 def generate(
@@ -32,6 +34,7 @@ def generate(
     tokenizer: Any = None,
     progress: str | None = None,
     journal: Path | None = None,
+    compile: bool = False,
 ) -> list[Completion]:
     """Answer requests with the evicting cache; the answers, in the requests' order.
 
@@ -47,17 +50,21 @@ def generate(
         tokenizer: decodes responses for requests with stop strings.
         progress: what a progress bar is labelled; None shows none.
         journal: a JSON Lines file of finished completions; a rerun takes from it what it holds and goes on.
+        compile: decode steps by `torch.compile`, on a GPU as a CUDA graph: all slots at every step, those without a
+            request too, and storage for the longest prompt from the start.
 
     Raises:
         ValueError: a request that cannot be answered, a model that cannot evict or is in training mode, `slots` below
-            1, or a file that is no journal.
+            1, a file that is no journal, or `compile` with a layer that keeps everything.
     """
     if slots < 1:
         raise ValueError(f"slots must be at least 1, got {slots}")
     if model.training:
         raise ValueError("the model is in training mode, where dropout is random: call model.eval() first")
     check_requests(requests, model.config, tokenizer)
-    engine = _Engine(model, config, slots, frozenset(end_tokens), tokenizer)
+    if compile:
+        check_bounded(layer_kinds(model.config, config))
+    engine = _Engine(model, config, slots, frozenset(end_tokens), tokenizer, compile)
     book = None
     if journal is not None:
         stops = any(request.stop for request in requests)
@@ -80,15 +87,19 @@ def generate(
 class _Row:
     """A sequence in a slot."""
 
-    place: int
+    place: int | None
+    """Number of its request; None in a slot that has nothing to do."""
     request: Request
     tokens: list[int] = field(default_factory=list)
     log_probs: list[float] = field(default_factory=list)
 
 
 class _Engine:
-    def __init__(self, model: Any, config: EvictionConfig, slots: int, ends: frozenset[int], tokenizer: Any) -> None:
+    def __init__(
+        self, model: Any, config: EvictionConfig, slots: int, ends: frozenset[int], tokenizer: Any, compile: bool
+    ) -> None:
         self.model, self.config, self.slots, self.ends, self.tokenizer = model, config, slots, ends, tokenizer
+        self.compile = compile
         EvictionCache(config, model.config)  # refuses a model that cannot evict
 
     @torch.no_grad()
@@ -96,36 +107,49 @@ class _Engine:
         """Completions as they finish, each with its request's number."""
         waiting = iter(requests.items())
         rows: list[_Row | None] = [None] * min(self.slots, len(requests))
-        cache = batch = None
+        longest = max((len(request.prompt) for request in requests.values()), default=0)
+        decoder = batch = None
         while True:
             changed = False
             for slot, occupant in enumerate(rows):
-                while occupant is None and (following := next(waiting, None)) is not None:
-                    row, own = _Row(*following), EvictionCache(self.config, self.model.config, [following[1].stream])
+                while occupant is None and (row := self._following(waiting)) is not None:
+                    own = EvictionCache(self.config, self.model.config, [row.request.stream])
                     self._prefill(row, own)
-                    if self._ended(row) is not None:
+                    if row.place is not None and self._ended(row) is not None:
                         yield row.place, self._complete(row, own, 0)
                         continue
-                    if cache is None:
-                        cache = EvictionCache.join([own] * len(rows), self.model.config)
-                    cache.replace_row(slot, own)
+                    if decoder is None:
+                        decoder = self._decoder(EvictionCache.join([own] * len(rows), self.model.config), longest)
+                    decoder.replace_row(slot, own)
                     rows[slot] = occupant = row
                     changed = True
             active = [row for row in rows if row is not None]
-            if not active:
+            if all(row.place is None for row in active):
                 return
-            assert cache is not None
+            assert decoder is not None
             if len(active) < len(rows):  # nobody is waiting
-                cache.keep_rows([slot for slot, row in enumerate(rows) if row is not None])
+                decoder.cache.keep_rows([slot for slot, row in enumerate(rows) if row is not None])
                 rows = list(active)
                 changed = True
             if batch is None or changed:
                 batch = _Batch(active, self.model.device)
-            batch.step(self.model, cache)
+            batch.choose(decoder.forward(batch.last[:, None], batch.length[:, None] - 1))
             for slot, row in enumerate(active):
-                if self._ended(row) is not None:
-                    yield row.place, self._complete(row, cache, slot)
+                if row.place is not None and self._ended(row) is not None:
+                    yield row.place, self._complete(row, decoder.cache, slot)
                     rows[slot] = None
+
+    def _following(self, waiting: Iterator[tuple[int, Request]]) -> _Row | None:
+        """What a free slot takes up: the next request, and then nothing, or what keeps a compiled batch's shape."""
+        for place, request in waiting:
+            return _Row(place, request)
+        return _Row(None, Request((0,), 1, 0)) if self.compile else None
+
+    def _decoder(self, cache: EvictionCache, longest: int) -> "Eager | Compiled":
+        if not self.compile:
+            return Eager(self.model, cache)
+        assert self.config.budget is not None
+        return Compiled(self.model, cache, max(self.config.budget, longest) + self.config.window)
 
     def _prefill(self, row: _Row, cache: EvictionCache) -> None:
         """Give the prompt to an empty cache and choose the first token."""
@@ -161,13 +185,6 @@ class _Batch:
         """Tokens of each sequence, those not yet given to the cache included."""
         self.last = torch.tensor([row.tokens[-1] if row.tokens else 0 for row in rows], device=device)
         self.seen: Tensor | None = None
-
-    def step(self, model: Any, cache: EvictionCache) -> None:
-        """Give each row's last token to the cache and choose its next."""
-        logits = model(
-            input_ids=self.last[:, None], position_ids=self.length[:, None] - 1, past_key_values=cache
-        ).logits
-        self.choose(logits)
 
     def choose(self, logits: Tensor) -> None:
         """Append the next token of each row and its log-probability; logits [N, 1, V]."""

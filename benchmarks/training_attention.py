@@ -5,7 +5,8 @@
 
 Both sides run in turn in one process; ratios are dense / evicted, above 1 is faster. Apart from the whole, the event
 walk alone (q, k, v to `evict_at`) and the attention alone (`evict_at` known, as when gradient checkpointing recomputes)
-are timed; where the backend walks and attends at once, the whole is less than their sum.
+are timed; where the backend walks and attends at once, the whole is less than their sum. A policy that looks at no data
+is decided for all layers of a model at once: its walk is that of a model of one layer, the most that a layer can cost.
 """
 
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from vkvtrain import EvictionConfig
 from vkvtrain.attention.backends import attend, attend_and_decide, resolve
+from vkvtrain.foresight import Foresight
 from vkvtrain.lifetimes import Plan, lifetimes, make_plan
 from vkvtrain.logits import LogitForm
 from vkvtrain.selection import Selector
@@ -71,6 +73,23 @@ def dense(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True).transpose(1, 2)
 
 
+def decide(query: Tensor, key: Tensor, value: Tensor, plan: Plan, selector: Selector, form: LogitForm) -> Tensor:
+    """`evict_at` of a model's only layer."""
+    if selector.data_independent:
+        return Foresight(selector, [0]).evict_at(0, key.shape[1], plan)
+    return lifetimes(query, key, value, plan, selector, 0, form)
+
+
+def evicted(
+    backend: str, query: Tensor, key: Tensor, value: Tensor, plan: Plan, selector: Selector, form: LogitForm
+) -> Tensor:
+    """Attention output, decided as training does."""
+    if selector.data_independent:
+        evict_at = decide(query, key, value, plan, selector, form)
+        return attend(backend, query, key, value, evict_at, plan, form)
+    return attend_and_decide(backend, query, key, value, plan, selector, 0, form)[0]
+
+
 def step(shape: Shape, side: str, warm_up: bool = False) -> None:
     """Forward and backward of one side on fresh tensors: what the peak memory is measured of."""
     if warm_up:
@@ -82,7 +101,7 @@ def step(shape: Shape, side: str, warm_up: bool = False) -> None:
     else:
         plan, selector, form = shape.eviction()
         backend = resolve(shape.backend, query, value)
-        out, _ = attend_and_decide(backend, query, key, value, plan, selector, 0, form)
+        out = evicted(backend, query, key, value, plan, selector, form)
     out.backward(gradient)
 
 
@@ -91,7 +110,7 @@ def timed(shape: Shape, rounds: int) -> tuple[str, dict[str, dict[str, float]]]:
     query, key, value, gradient = shape.tensors()
     plan, selector, form = shape.eviction()
     backend = resolve(shape.backend, query, value)
-    evict_at = lifetimes(query, key, value, plan, selector, 0, form)
+    evict_at = decide(query, key, value, plan, selector, form)
 
     def backward(out: Tensor) -> None:
         out.backward(gradient)
@@ -99,8 +118,8 @@ def timed(shape: Shape, rounds: int) -> tuple[str, dict[str, dict[str, float]]]:
 
     sides = {
         "dense": lambda: backward(dense(query, key, value)),
-        "evicted": lambda: backward(attend_and_decide(backend, query, key, value, plan, selector, 0, form)[0]),
-        "walk": lambda: lifetimes(query, key, value, plan, selector, 0, form),
+        "evicted": lambda: backward(evicted(backend, query, key, value, plan, selector, form)),
+        "walk": lambda: decide(query, key, value, plan, selector, form),
         "attention": lambda: backward(attend(backend, query, key, value, evict_at, plan, form)),
     }
     return backend, in_turn(sides, rounds, shape.on)

@@ -79,6 +79,17 @@ def test_noise_is_a_function_of_its_names_alone():
     assert torch.equal(shifted[0, :, :-1], together[0, :, 1:])
 
 
+def test_a_layer_for_each_sequence():
+    """The same numbers, bit for bit, as layer by layer."""
+    together = source((4, 9, 4), (2, 0, 2), torch.tensor([3, 0, 7]))
+    positions = torch.arange(50).expand(3, 2, -1)
+    for row, (stream, event, layer) in enumerate([(4, 2, 3), (9, 0, 0), (4, 2, 7)]):
+        alone = source((stream,), (event,), layer)
+        assert torch.equal(together.gumbel(positions)[row], alone.gumbel(positions[:1])[0])
+        for per_event in (False, True):
+            assert torch.equal(together.projection(8, 5, per_event)[row], alone.projection(8, 5, per_event)[0])
+
+
 def test_streams():
     assert canonical_stream(3) == canonical_stream((3, 0)) == canonical_stream(((3,), 0)) == (3,)
     assert canonical_stream(((7, 0, 2), 1)) == (7, 0, 2, 1)

@@ -2,7 +2,8 @@
 
 `evict_at[b, h, j]` is the first query position that no longer sees key `j`; a key that is never dropped has S + 1,
 padding has 0. The events are walked in order, in parallel over rows and heads, with the same selection code that
-decoding uses. Knows nothing of attention outputs: a layer's choice depends only on its own q, k, v.
+decoding uses. Knows nothing of attention outputs: a layer's choice depends only on its own q, k, v. Where it depends
+not even on them, `vkvtrain.foresight` decides all layers at once.
 """
 
 from collections.abc import Iterator, Sequence
@@ -115,7 +116,11 @@ def lifetimes(
         layer: index of the layer, for the noise.
         form: scaling, soft cap and sinks of the attention.
     """
-    walk = Walk(query, key, value, plan, selector, layer, form)
+    return walked(Walk(query, key, value, plan, selector, layer, form))
+
+
+def walked(walk: "Walk") -> Tensor:
+    """`evict_at` after all events of a walk, int64 [B, Hkv, S]."""
     for stop in walk.stops():
         walk.reach(stop)
     return walk.evict_at
@@ -136,17 +141,22 @@ class Stop:
 
 
 class Walk:
-    """One layer's events, in order, over rows that may be at different events."""
+    """One layer's events, in order, over rows that may be at different events; or those of several layers, as rows."""
 
     def __init__(
-        self, query: Tensor, key: Tensor, value: Tensor, plan: Plan, selector: Selector, layer: int, form: LogitForm
-    ) -> None:
-        self.plan, self.selector, self.layer, self.form = plan, selector, layer, form
+        self, query: Tensor, key: Tensor, value: Tensor, plan: Plan, selector: Selector, layer: int | Sequence[int],
+        form: LogitForm,
+    ) -> None:  # fmt: skip
+        self.plan, self.selector, self.form = plan, selector, form
+        self.layers = [layer] * len(plan.rows) if isinstance(layer, int) else layer
+        """Of each row the layer, for its noise."""
         self.dtype = score_dtype(key.dtype)
         rows, heads, width, _ = key.shape
         self.query, self.key, self.value = Entries(query), Entries(key), Entries(value)
         self.ranges = round_mantissa(value_range(value, self.dtype)) if selector.needs_values else None
         self.evict_at = never_evicted(plan, heads)
+        self._until = Entries(self.evict_at[..., None])
+        """The same by entry, to write to."""
         self.held = self.evict_at.new_zeros(rows, heads, plan.budget)
         """Positions that each row holds after its last event."""
         self.starts: list[int | None] = [None] * rows
@@ -209,6 +219,7 @@ class Walk:
         plan, selector, positions = self.plan, self.selector, stop.positions
         count = positions.shape[-1] - plan.window
         considered = positions[:, :, :count]
+        layers = [self.layers[row] for row in stop.rows]
         philox = [plan.index([plan.rows[row].key[word] for row in stop.rows]) for word in (0, 1)]
 
         def entries(source: Entries, wanted: Tensor) -> Tensor:
@@ -220,7 +231,7 @@ class Walk:
             keys=entries(self.key, considered) if selector.needs_keys and attention is None else None,
             values=entries(self.value, considered) if selector.policy.needs_values else None,
             scaling=self.form.scaling,
-            noise=NoiseSource((philox[0], philox[1]), plan.index(events), self.layer),
+            noise=NoiseSource((philox[0], philox[1]), plan.index(events), plan.index(layers)),
             window_keys=entries(self.key, positions[:, :, count:]) if selector.needs_window_keys else None,
             mass=self.mass[rows, :, :count] if selector.needs_mass else None,
             softcap=self.form.softcap,
@@ -229,8 +240,10 @@ class Walk:
         )
         slots = selector(candidates, [plan.rows[row].prompt for row in stop.rows])
         kept = considered.gather(-1, slots)
-        until = self.evict_at[rows].scatter_(-1, considered, end[:, None, None].expand_as(considered))
-        self.evict_at[rows] = until.scatter_(-1, kept, plan.width + 1)
+        until = self._until.flat[:, 0]
+        ends = end[:, None, None].expand_as(considered)
+        until.scatter_(0, self._until.places(rows, considered).flatten(), ends.flatten())
+        until.index_fill_(0, self._until.places(rows, kept).flatten(), plan.width + 1)
         self.held[rows] = torch.cat([kept, positions[:, :, count:]], dim=-1)
         if selector.needs_mass:
             mass = self.mass[rows, :, : positions.shape[-1]]

@@ -119,12 +119,13 @@ def token_gumbel(key: tuple[Tensor, Tensor], position: Tensor, tokens: Tensor) -
 class NoiseSource:
     """The random numbers of one eviction event in one layer, for several sequences.
 
-    `key` are the Philox key words of the sequences, int64 [N]; `event` their event numbers, int64 [N].
+    `key` are the Philox key words of the sequences, int64 [N]; `event` their event numbers, int64 [N]; `layer` is the
+    layer of all, or that of each, int64 [N].
     """
 
     key: tuple[Tensor, Tensor]
     event: Tensor
-    layer: int
+    layer: int | Tensor
 
     def gumbel(self, positions: Tensor) -> Tensor:
         """Standard Gumbel noise of each candidate, float64.
@@ -134,7 +135,8 @@ class NoiseSource:
         """
         heads = torch.arange(positions.shape[1], device=positions.device)[:, None]
         key = (self.key[0][:, None, None], self.key[1][:, None, None])
-        words = philox((positions, self.event[:, None, None], self.layer, heads), key)
+        layer = self.layer if isinstance(self.layer, int) else self.layer[:, None, None]
+        words = philox((positions, self.event[:, None, None], layer, heads), key)
         return -torch.log(-torch.log(_unit(words[0], words[1])))
 
     def projection(self, dim: int, rank: int, per_event: bool) -> Tensor:
@@ -149,7 +151,8 @@ class NoiseSource:
         index = torch.arange(dim * rank, device=device)
         event = self.event[:, None] if per_event else torch.zeros_like(self.event)[:, None]
         key = (self.key[0][:, None], self.key[1][:, None])
-        words = philox((index, event, self.layer, _PROJECTION_HEAD), key)
+        layer = self.layer if isinstance(self.layer, int) else self.layer[:, None]
+        words = philox((index, event, layer, _PROJECTION_HEAD), key)
         radius = torch.sqrt(-2.0 * torch.log(_unit(words[0], words[1])))  # Box and Muller 1958
         normal = radius * torch.cos(2.0 * math.pi * _unit(words[2], words[3]))
         return (normal / math.sqrt(rank)).view(-1, dim, rank).float()

@@ -53,7 +53,19 @@ class Selector:
         self.needs_values = self.policy.needs_values or self.large > 0
         self._warned = False
 
-    def _protected_prefix(self, prompts: Sequence[int]) -> list[int]:
+    @property
+    def data_independent(self) -> bool:
+        """Whether event times and noise alone decide, so that nothing a layer computes is looked at."""
+        return not (
+            self.needs_queries or self.needs_keys or self.needs_values or self.needs_window_keys or self.needs_mass
+        )
+
+    @property
+    def keeps_newest(self) -> bool:
+        """Whether the protected prefix and the newest entries survive, whatever they hold."""
+        return self.policy.keeps_newest and self.data_independent
+
+    def protected_prefix(self, prompts: Sequence[int]) -> list[int]:
         """How many first positions are protected in each sequence: sinks, and the prompt if asked for."""
         sinks = self.config.sinks
         if not self.config.protect_prompt:
@@ -76,7 +88,7 @@ class Selector:
             prompts: length of the first prompt of each of the N sequences.
         """
         positions = candidates.positions
-        prefix = self._protected_prefix(prompts)
+        prefix = self.protected_prefix(prompts)
         if len(set(prefix)) == 1:
             protected = positions < prefix[0]
         else:

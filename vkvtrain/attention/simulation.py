@@ -21,6 +21,7 @@ from vkvtrain.attention.backends import BACKENDS, attend, attend_and_decide, res
 from vkvtrain.attention.packing import Layout, checked_documents
 from vkvtrain.config import EvictionConfig
 from vkvtrain.events import Chunks, normalise_chunks
+from vkvtrain.foresight import Foresight
 from vkvtrain.lifetimes import Plan, Row, make_plan, never_evicted
 from vkvtrain.logits import LogitForm
 from vkvtrain.noise import Stream, stream_key
@@ -93,6 +94,10 @@ class Trace:
         self._prompts = prompts
         self._streams = range(len(prompts)) if streams is None else streams
         self._selector = Selector(config) if config.evicts else None
+        self._foresight = None
+        if self._selector is not None and self._selector.data_independent:
+            evicting = [layer for layer, kind in enumerate(kinds) if kind.evicts]
+            self._foresight = Foresight(self._selector, evicting)
         self._documents = documents
         self._shape: tuple[int, int] | None = None
         self._plans: dict[torch.device, tuple[Plan, Layout | None]] = {}
@@ -150,6 +155,8 @@ class Trace:
             evict_at = never_evicted(plan, key.shape[1])
         elif layer in self.evict_at:
             evict_at = self.evict_at[layer]
+        elif kind.evicts and self._foresight is not None:
+            evict_at = self.evict_at[layer] = self._foresight.evict_at(layer, key.shape[1], plan)
         elif kind.evicts:
             assert self._selector is not None
             out, self.evict_at[layer] = attend_and_decide(

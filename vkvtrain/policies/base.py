@@ -87,6 +87,8 @@ class Policy:
     """Scores themselves are drawn: they read `candidates.noise`."""
     scores_single_tokens: ClassVar[bool] = False
     """A score depends on one token alone, so equal tokens tie: scores are compared at 10 mantissa bits."""
+    keeps_newest: ClassVar[bool] = False
+    """Scores are all equal, so that the newest are kept: training reads lifetimes off the event times."""
     protected_fraction: ClassVar[float] = 0.0
     """The policy's own share of the budget that is protected as sinks or large values."""
     keeps_everything: ClassVar[bool] = False

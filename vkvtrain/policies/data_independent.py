@@ -1,4 +1,4 @@
-"""Policies that never look at the cache's contents."""
+"""Policies that never look at the cache's contents: in training all layers are decided before the first one attends."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -24,6 +24,8 @@ class Random(Policy):
 @dataclass(frozen=True)
 class Streaming(Policy):
     """Keep the sinks and the most recent entries (StreamingLLM, arXiv 2309.17453)."""
+
+    keeps_newest: ClassVar[bool] = True
 
     def score(self, candidates: Candidates, smooth: bool) -> Tensor:
         # all equal: ties go to the newest, at any length (float32 positions would collide above 2**24)

@@ -1,0 +1,97 @@
+"""Training under a data-independent policy: `evict_at` of every layer before any layer has computed anything.
+
+Where the newest survive, it is read off the event times. Otherwise the events are walked for many layers at once: an
+event is many small kernels, which on a GPU cost the same for one layer and for all.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from vkvtrain.lifetimes import Plan, Walk, walked
+from vkvtrain.logits import LogitForm
+from vkvtrain.selection import Selector
+
+_ENTRIES = 2**16
+"""Entries held by all rows and heads of one walk on a CPU, about: an event's integers stay in its cache."""
+_ENTRIES_ON_DEVICE = 2**22
+"""The same for an accelerator, all layers as a rule; bounds what an event allocates (a few hundred megabytes)."""
+
+
+def newest(plan: Plan, selector: Selector) -> Tensor:
+    """`evict_at` of every KV head of every layer where the newest survive, int64 [B, 1, S].
+
+    After an event at `end` tokens a row holds its protected prefix of `p` positions and the newest `budget - p`. So key
+    `j >= p` is dropped by the first event with `end > j + budget - p`.
+
+    Args:
+        plan: the batch's rows and events.
+        selector: one that `keeps_newest`.
+    """
+    never = plan.width + 1
+    ends = [[event.position + 1 for event in row.events] for row in plan.rows]
+    most = max(map(len, ends))
+    # an event that never comes is each row's last, and fills up rows with fewer events than others
+    table = plan.index([end for its in ends for end in its + [never] * (most + 1 - len(its))]).view(len(ends), -1)
+    prefix = plan.index(selector.protected_prefix([row.prompt if row.events else 0 for row in plan.rows]))[:, None]
+    position = torch.arange(plan.width, device=plan.device)
+    dropped_by = torch.searchsorted(table, position + plan.budget - prefix, right=True).clamp(max=most)
+    until = table.gather(-1, dropped_by).masked_fill(position < prefix, never)
+    return until.masked_fill(position >= plan.lengths[:, None], 0)[:, None]
+
+
+def of_layers(plan: Plan, selector: Selector, layers: Sequence[int], kv_heads: int) -> list[Tensor]:
+    """`evict_at` of several layers, each int64 [B, Hkv, S], by walks over the rows of many layers.
+
+    Args:
+        plan: the batch's rows and events.
+        selector: one that is `data_independent`.
+        layers: their indices, for the noise.
+        kv_heads: KV heads of each of them.
+    """
+    limit = _ENTRIES if plan.device.type == "cpu" else _ENTRIES_ON_DEVICE
+    size = max(1, limit // (len(plan.rows) * kv_heads * plan.budget))
+    found = []
+    for first in range(0, len(layers), size):
+        its = layers[first : first + size]
+        repeated = replace(plan, rows=[row for _ in its for row in plan.rows], _index={})
+        of_rows = [layer for layer in its for _ in plan.rows]
+        nothing = torch.empty(len(of_rows), kv_heads, plan.width, 0, device=plan.device)  # to look at
+        walk = Walk(nothing, nothing, nothing, repeated, selector, of_rows, LogitForm(scaling=1.0))
+        found += walked(walk).split(len(plan.rows))
+    return found
+
+
+class Foresight:
+    """`evict_at` of the evicting layers of one pass, decided when the first of them asks.
+
+    Args:
+        selector: one that is `data_independent`.
+        layers: the layers that evict.
+    """
+
+    def __init__(self, selector: Selector, layers: Sequence[int]) -> None:
+        self._selector, self._layers = selector, layers
+        self._newest: dict[torch.device, Tensor] = {}
+        self._by_heads: dict[int, dict[int, Tensor]] = {}
+        """Of all layers, as if each had so many KV heads: how many a later layer has is known when it asks."""
+
+    @torch.no_grad()
+    def evict_at(self, layer: int, kv_heads: int, plan: Plan) -> Tensor:
+        """`evict_at` of one layer, int64 [B, Hkv, S], on the plan's device; not to be written to, as others share it.
+
+        Args:
+            layer: its index.
+            kv_heads: its KV heads.
+            plan: the batch's rows and events, the same for all layers but for its device.
+        """
+        if self._selector.keeps_newest:
+            if plan.device not in self._newest:
+                self._newest[plan.device] = newest(plan, self._selector)
+            return self._newest[plan.device].expand(-1, kv_heads, -1)
+        if kv_heads not in self._by_heads:
+            found = of_layers(plan, self._selector, self._layers, kv_heads)
+            self._by_heads[kv_heads] = dict(zip(self._layers, found, strict=True))
+        return self._by_heads[kv_heads][layer].to(plan.device)

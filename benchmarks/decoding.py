@@ -31,7 +31,7 @@ from measure import ROOT, machine, write
 from transformers import Cache, DynamicCache, Qwen3Config, Qwen3ForCausalLM, StaticCache
 
 from vkvtrain import EvictionCache, EvictionConfig
-from vkvtrain.cache import EvictionLayer
+from vkvtrain.cache import layer
 from vkvtrain.generation.decoders import Compiled, Eager, compiled
 
 WARM_UP = 4
@@ -170,23 +170,22 @@ def _wait(device: torch.device) -> None:
 
 @contextmanager
 def timed_evictions(device: torch.device) -> Iterator[list[float]]:
-    """Seconds of each layer's event, while the block runs; the device is waited for around each."""
-    layers: Any = EvictionLayer
-    original: Callable[..., None] = layers._evict_rows
+    """Seconds of each event, of one layer or of several, while the block runs; the device is waited for around each."""
+    original = layer._evict_rows
     seconds: list[float] = []
 
-    def timed(layer: EvictionLayer, *arguments: Any) -> None:
+    def timed(*arguments: Any) -> None:
         _wait(device)
         began = time.perf_counter()
-        original(layer, *arguments)
+        original(*arguments)
         _wait(device)
         seconds.append(time.perf_counter() - began)
 
-    layers._evict_rows = timed
+    layer._evict_rows = timed
     try:
         yield seconds
     finally:
-        layers._evict_rows = original
+        layer._evict_rows = original
 
 
 def stored_bytes(cache: Cache) -> int:

@@ -8,8 +8,9 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from vkvtrain.cache.base import RowLayer, Shared
-from vkvtrain.cache.layer import EvictionLayer
+from vkvtrain.cache.layer import EvictionLayer, evict
 from vkvtrain.cache.sliding import SlidingLayer
+from vkvtrain.cache.step import Step
 from vkvtrain.config import EvictionConfig
 from vkvtrain.noise import Stream, stream_key
 from vkvtrain.support import LayerKind, check_attention, layer_kinds
@@ -129,13 +130,16 @@ class EvictionCache(Cache):
 
     def finish_step(self) -> bool:
         """Count one token a row that was stored and attended from outside, with the events due; whether one was."""
-        evicted = False
+        evicting = self.evicting_layers
+        step = self._step(evicting[0])
         for layer in self.row_layers:
-            assert layer.keys is not None
-            step = self._shared.step(layer.counters, 1, layer.keys.device, layer.evicts)
-            layer.finish(step)
-            evicted = evicted or bool(step.due)
-        return evicted
+            layer.finish(step if layer.evicts else self._step(layer))
+        evict(evicting, step)
+        return bool(step.due)
+
+    def _step(self, layer: RowLayer) -> Step:
+        assert layer.keys is not None
+        return self._shared.step(layer.counters, 1, layer.keys.device, layer.evicts)
 
     # Rows that come and go, for continuous batching
 

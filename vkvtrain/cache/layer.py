@@ -1,6 +1,8 @@
 """A layer that evicts (or, without a selector, keeps everything)."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +13,10 @@ from vkvtrain.logits import LogitForm, attend, attention_mass, score_dtype
 from vkvtrain.noise import NoiseSource
 from vkvtrain.policies import Candidates
 
+_BYTES = 2**22
+"""Bytes of keys and values that an event gathers at once on a CPU, about: they stay in its cache."""
+_BYTES_ON_DEVICE = 2**29
+"""The same for an accelerator, where fewer and larger kernels are faster; bounds what an event allocates."""
 _GROWTH = 256
 """Entries by which the storage of a layer that keeps everything grows."""
 
@@ -64,13 +70,12 @@ class EvictionLayer(RowLayer):
             newest = query[:, :, -self.queries.shape[2] :].to(self.queries.dtype)
             self.queries.scatter_(2, step.place.expand(newest.shape), newest)
         self.finish(step)
+        evict([self], step)
         return out.transpose(1, 2)
 
     def finish(self, step: Step) -> None:
-        if step.new == 1:
-            self.decoded = True
-            self._evict(step)
         super().finish(step)
+        self.decoded = self.decoded or step.new == 1
 
     # Storage
 
@@ -157,30 +162,19 @@ class EvictionLayer(RowLayer):
     def held_bytes(self, row: int) -> tuple[int, int]:
         return self.counters.live[row] * self.entry_bytes(), self.counters.peak[row] * self.entry_bytes()
 
-    def _window_queries(self, rows: Tensor | None) -> Tensor:
-        """The newest `window` queries of rows with a full block, chronological, [N, Hq, R, D], in the scores' dtype."""
-        assert self.queries is not None
-        queries = _pick(self.queries, rows)
-        return queries.to(score_dtype(queries.dtype))
-
-    def _index(self, rows: list[int], device: torch.device) -> Tensor | None:
-        """Rows as an index; None for all of them, which need no copy."""
-        return None if len(rows) == len(self.counters.live) else self.shared.index(rows, device)
-
     # Accumulated attention, in blocks of `window` entries: the queries of a block are in the ring when it is full
 
-    def _add_mass(self, rows: list[int], live: int) -> None:
-        """Add what the newest block's queries attend to, in rows that all hold `live` entries."""
+    def add_mass(self, step: Step) -> None:
+        """Add what the queries of the blocks that a step filled attend to."""
+        if self.mass is None or self.keys is None:
+            return
         assert self.form is not None
-        assert self.mass is not None
-        assert self.keys is not None
-        row = self._index(rows, self.keys.device)
-        keys = _pick(self.keys[:, :, :live], row).to(self.mass.dtype)
-        found = attention_mass(self._window_queries(row), keys, self.form)
-        if row is None:
-            self.mass[:, :, :live] += found
-        else:
-            self.mass[row, :, :live] += found
+        assert self.queries is not None
+        dtype = self.mass.dtype
+        for live, rows in step.full.items():
+            place = _place(rows, self.shared, self.keys.device)
+            keys, queries = self.keys[place, :, :live].to(dtype), self.queries[place].to(dtype)
+            self.mass[place, :, :live] += attention_mass(queries, keys, self.form)
 
     def _add_mass_of_chunk(self, query: Tensor, before: Sequence[int], form: LogitForm) -> None:
         """The same for all blocks that end in a prompt or a chunk, which is stored; its queries are not yet.
@@ -206,74 +200,101 @@ class EvictionLayer(RowLayer):
                 keys = self.keys[row, :, :end].to(dtype)
                 self.mass[row, :, :end] += attention_mass(block[None], keys[None], form)[0]
 
-    # Eviction
-
-    def _evict(self, step: Step) -> None:
-        if self.mass is not None:
-            for live, rows in step.full.items():
-                self._add_mass(rows, live)
-        for live, rows in step.due.items():
-            self._evict_rows(rows, live, step)
-        if not step.due or self.keys is None or self.is_fixed:
-            return
+    def release(self) -> None:
+        """Give back what a prompt longer than the budget needed, after its event."""
         config = self.shared.config
         assert config.budget is not None
         limit = config.budget + config.window
-        if max(step.after.live) <= limit < self.keys.shape[2]:
-            self._resize(limit)  # a prompt longer than the budget needed more
-
-    def _evict_rows(self, rows: list[int], live: int, step: Step) -> None:
-        """One event in rows that all hold `live` entries."""
-        selector, config, form = self.selector, self.shared.config, self.form
-        assert selector is not None
-        assert form is not None
-        assert self.keys is not None
-        assert self.values is not None
-        assert self.entry_positions is not None
-        assert self.philox is not None
-        device = self.keys.device
-        row = self._index(rows, device)
-        count = live - config.window
-        dtype = score_dtype(self.keys.dtype)
-        keys, values = (_pick(storage[:, :, :live], row) for storage in (self.keys, self.values))
-        positions = _pick(self.entry_positions[:, :, :live], row)
-        philox = _pick(self.philox, row)
-        mass = None if self.mass is None else _pick(self.mass[:, :, :live], row)
-        candidates = Candidates(
-            positions=positions[:, :, :count],
-            queries=self._window_queries(row) if selector.needs_queries else None,
-            keys=keys[:, :, :count].to(dtype) if selector.needs_keys else None,
-            values=values[:, :, :count].to(dtype) if selector.needs_values else None,
-            scaling=form.scaling,
-            noise=NoiseSource(
-                (philox[:, 0], philox[:, 1]),
-                self.shared.index([step.before.events[r] for r in rows], device),
-                self.index,
-            ),
-            window_keys=keys[:, :, count:].to(dtype) if selector.needs_window_keys else None,
-            mass=None if mass is None else mass[:, :, :count],
-            softcap=form.softcap,
-        )
-        kept = selector(candidates, [step.before.prompts[r] for r in rows])
-        newest = torch.arange(count, live, device=device).expand(*kept.shape[:2], -1)
-        slots = torch.cat([kept, newest], dim=-1)  # chronological: the window is newer than every candidate
-        budget = slots.shape[-1]
-        ahead = positions[:, :, -1:] + torch.arange(1, self.keys.shape[2] - budget + 1, device=device)
-        _put(self.entry_positions, row, torch.cat([positions.gather(-1, slots), ahead], dim=-1))
-        for storage, held in ((self.keys, keys), (self.values, values)):
-            _put(storage, row, held.gather(2, slots[..., None].expand(*slots.shape, held.shape[-1])))
-        if self.mass is not None and mass is not None:
-            later = mass.new_zeros(*ahead.shape)  # what is appended starts at nothing
-            _put(self.mass, row, torch.cat([mass.gather(-1, slots), later], dim=-1))
+        if not self.is_fixed and self.keys is not None and max(self.counters.live) <= limit < self.keys.shape[2]:
+            self._resize(limit)
 
 
-def _pick(tensor: Tensor, rows: Tensor | None) -> Tensor:
-    return tensor if rows is None else tensor[rows]
+def evict(layers: Sequence[EvictionLayer], step: Step) -> None:
+    """What follows a step that evicting layers, which count alike, have finished: the events that are due.
+
+    An event is many small kernels, so it is one batch over rows and, as far as memory allows, over layers.
+    """
+    for layer in layers:
+        layer.add_mass(step)
+    for live, rows in step.due.items():
+        for alike in _batches(layers, len(rows) * live):
+            _evict_rows(alike, rows, live, step)
+    if step.due:
+        for layer in layers:
+            layer.release()
 
 
-def _put(storage: Tensor, rows: Tensor | None, entries: Tensor) -> None:
-    """Write the first entries of some rows, None for all; entries [N, Hkv, n, ...] are no view of the storage."""
-    if rows is None:
-        storage[:, :, : entries.shape[2]] = entries
-    else:
-        storage[rows, :, : entries.shape[2]] = entries
+def _batches(layers: Sequence[EvictionLayer], entries: int) -> Iterator[list[EvictionLayer]]:
+    """Neighbouring layers whose tensors can be put together, at most as many as `_BYTES` allow."""
+
+    def form(layer: EvictionLayer) -> tuple[Any, ...]:
+        assert layer.keys is not None
+        assert layer.values is not None
+        assert layer.form is not None
+        shapes = layer.keys.shape, layer.values.shape
+        return layer.keys.device, layer.keys.dtype, *shapes, layer.form.scaling, layer.form.softcap
+
+    for (device, *_), alike in groupby(layers, form):
+        its = list(alike)
+        limit = _BYTES if device.type == "cpu" else _BYTES_ON_DEVICE
+        size = max(1, limit // (entries * its[0].entry_bytes()))
+        yield from (its[first : first + size] for first in range(0, len(its), size))
+
+
+def _evict_rows(layers: Sequence[EvictionLayer], rows: list[int], live: int, step: Step) -> None:
+    """One event in rows that all hold `live` entries, of layers whose tensors can be put together."""
+    shared, form, selector, some = layers[0].shared, layers[0].form, layers[0].selector, layers[0].keys
+    assert form is not None
+    assert selector is not None
+    assert some is not None
+    device, dtype = some.device, score_dtype(some.dtype)
+    count, place = live - shared.config.window, _place(rows, shared, device)
+
+    def of_all(name: str, entries: slice = slice(live)) -> Tensor:
+        parts = [getattr(layer, name)[place, :, entries] for layer in layers]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    keys, values, positions = of_all("keys"), of_all("values"), of_all("entry_positions")
+    mass = of_all("mass") if selector.needs_mass else None
+    assert layers[0].philox is not None
+    philox = layers[0].philox[place].repeat(len(layers), 1)
+    candidates = Candidates(
+        positions=positions[:, :, :count],
+        queries=of_all("queries", slice(None)).to(dtype) if selector.needs_queries else None,
+        keys=keys[:, :, :count].to(dtype) if selector.needs_keys else None,
+        values=values[:, :, :count].to(dtype) if selector.needs_values else None,
+        scaling=form.scaling,
+        noise=NoiseSource(
+            (philox[:, 0], philox[:, 1]),
+            shared.index([step.before.events[row] for row in rows] * len(layers), device),
+            shared.index([layer.index for layer in layers for _ in rows], device),
+        ),
+        window_keys=keys[:, :, count:].to(dtype) if selector.needs_window_keys else None,
+        mass=None if mass is None else mass[:, :, :count],
+        softcap=form.softcap,
+    )
+    kept = selector(candidates, [step.before.prompts[row] for row in rows] * len(layers))
+    newest = torch.arange(count, live, device=device).expand(*kept.shape[:2], -1)
+    slots = torch.cat([kept, newest], dim=-1)  # chronological: the window is newer than every candidate
+    ahead = positions[:, :, -1:] + torch.arange(1, some.shape[2] - slots.shape[-1] + 1, device=device)
+    held = {
+        "entry_positions": torch.cat([positions.gather(-1, slots), ahead], dim=-1),
+        "keys": keys.gather(2, slots[..., None].expand(*slots.shape, keys.shape[-1])),
+        "values": values.gather(2, slots[..., None].expand(*slots.shape, values.shape[-1])),
+    }
+    if mass is not None:
+        later = mass.new_zeros(*ahead.shape)  # what is appended starts at nothing
+        held["mass"] = torch.cat([mass.gather(-1, slots), later], dim=-1)
+    for name, entries in held.items():
+        for layer, its in zip(layers, entries.split(len(rows)), strict=True):
+            getattr(layer, name)[place, :, : its.shape[2]] = its
+
+
+Rows = slice | Tensor
+
+
+def _place(rows: list[int], shared: Shared, device: torch.device) -> Rows:
+    """Ascending rows as an index: neighbours as a slice, which needs no copy."""
+    if len(rows) == rows[-1] + 1 - rows[0]:
+        return slice(rows[0], rows[-1] + 1)
+    return shared.index(rows, device)

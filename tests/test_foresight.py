@@ -31,12 +31,13 @@ FORESEEN = [policy for policy in POLICIES if is_data_independent(policy)]
 
 
 def test_which_settings_look_at_no_data():
-    assert set(FORESEEN) == {"random", "streaming"}
+    assert {"random", "streaming"} <= set(FORESEEN)
     # large values are looked at by any policy that protects them, but not where the sinks take their whole share
     for policy in FORESEEN:
         assert not is_data_independent(policy, protected_fraction=0.25)
         assert is_data_independent(policy, protected_fraction=0.125)
-    assert not any(is_data_independent(policy, protected_fraction=0.0) for policy in set(POLICIES) - set(FORESEEN))
+    for policy in ("snapkv", "h2o", "knorm", "keydiff", "evict_large", "full"):
+        assert not is_data_independent(policy, protected_fraction=0.0)
     config = EvictionConfig(policy="streaming", budget=16, window=4, sinks=2)
     assert Selector(config).keeps_newest
     assert not Selector(config.model_copy(update={"protected_fraction": 0.25})).keeps_newest
@@ -155,8 +156,8 @@ def test_a_training_step_decides_once(policy, checkpointing):
     assert all(((at > 0) & (at <= 46)).any() for layer, at in ours[2].items() if layer != 1)
     plan = make_plan(config, PROMPTS, [0, 1], [len(row) for row in ROWS], len(ROWS[1]), CPU)
     events = sum(len({block.live for block in at}) for at in _by_number([row.blocks for row in plan.rows]))
-    assert calls_of_walks == 3 * events > 20
-    assert calls == (0 if policy == "streaming" else events)
+    assert calls_of_walks == 3 * events > 20  # layers that evict
+    assert calls == (0 if Selector(config).keeps_newest else events)
 
 
 def _by_number(of_rows):

@@ -6,15 +6,19 @@ from functools import partial
 import pytest
 import torch
 from families import FAMILIES, tiny_family
-from passes import rows_of, tiny_model
+from passes import decode, rows_of, tiny_model
 from peft import LoraConfig, get_peft_model
 from torch._dynamo.testing import CompileCounter
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from vkvtrain import EvictionConfig
+from vkvtrain import EvictionCache, EvictionConfig
 from vkvtrain.generation import Request, Sampling, generate
+from vkvtrain.generation.decoders import Compiled
+from vkvtrain.policies import POLICIES
+from vkvtrain.selection import Selector
 from vkvtrain.tiny import MODEL_PATH, task
 
+EVICTING = sorted(name for name, policy in POLICIES.items() if not policy.keeps_everything)
 CONFIG = EvictionConfig(policy="vase_attnv", budget=16, window=4, sinks=2)
 
 
@@ -54,6 +58,42 @@ def test_answers_are_those_of_eager_steps(family, policy, graphs):
     answers = generate(model, config, requests, slots=3, end_tokens=(), compile=True)
     assert_equal(answers, eager, 1e-9)
     assert graphs.frame_count == 1
+
+
+@pytest.mark.parametrize("policy", EVICTING)
+@torch.no_grad()
+def test_every_event_keeps_what_decoding_keeps(policy, monkeypatch):
+    """Rows that evict together but are no neighbours, a prompt longer than the budget; one choice for all layers."""
+    monkeypatch.setattr(torch, "compile", lambda step, **_: step)
+    calls = []
+    choose = Selector.__call__
+    monkeypatch.setattr(Selector, "__call__", lambda *arguments: calls.append(arguments) or choose(*arguments))
+    model, config = tiny_model(), CONFIG.model_copy(update={"policy": policy})
+    prompts, streams = [3, 5, 7, 30], [(0, 0), (1, 2), 7, 9]
+    rows = rows_of(prompts, steps=40)
+    expected, held, eager = decode(model, config, rows, prompts, streams)
+    of_eager, calls[:] = len(calls), []
+
+    decoder = None
+    logits: list[list[torch.Tensor]] = []
+    for row, (tokens, prompt, stream) in enumerate(zip(rows, prompts, streams, strict=True)):
+        own = EvictionCache(config, model.config, [stream])
+        logits.append([model(torch.tensor([tokens[:prompt]]), past_key_values=own).logits[0]])
+        if decoder is None:
+            decoder = Compiled(model, EvictionCache.join([own] * len(rows), model.config), 34)
+        decoder.replace_row(row, own)
+    assert decoder is not None
+    for step in range(40):
+        token = torch.tensor([[tokens[prompt + step]] for tokens, prompt in zip(rows, prompts, strict=True)])
+        out = decoder.forward(token, torch.tensor(prompts)[:, None] + step)
+        for row, (prompt, events) in enumerate(zip(prompts, held, strict=True)):
+            logits[row].append(out[row])
+            for layer, positions in events.get(prompt + step + 1, {}).items():
+                assert torch.equal(decoder.cache.positions(layer, row), positions)
+    for ours, theirs in zip(logits, expected, strict=True):
+        assert (torch.cat(ours) - theirs).abs().max() < 1e-9
+    assert decoder.cache.stats() == eager.stats()
+    assert len(calls) * model.config.num_hidden_layers == of_eager > 30
 
 
 @pytest.mark.parametrize("requests", [requests_of((5, 9), (1, 1)), requests_of((5,), (30,)), []])

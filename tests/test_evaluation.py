@@ -5,9 +5,11 @@ import logging
 import subprocess
 import sys
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from transformers import GenerationConfig, Qwen3ForCausalLM
@@ -141,6 +143,18 @@ def test_arguments_that_would_be_ignored_are_refused(argument, monkeypatch):
     monkeypatch.setattr(HFLM, "__init__", lambda *_, **__: pytest.fail("a model was loaded"))
     with pytest.raises(ValueError, match=f"{next(iter(argument))}=.* is not supported"):
         model(**argument)
+
+
+def test_compiled_steps_are_for_caches_that_are_bounded(monkeypatch, caplog):
+    reference = generate(model(3, **EVICTED), requests())
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    with pytest.raises(ValueError, match="compile must be true or false, got 'yes'"):
+        model(compile="yes", **EVICTED)
+    compiled, full = model(3, compile=True, **EVICTED), model(3, compile=True)
+    assert "compile=true: a layer keeps everything" in caplog.text
+    assert generate(compiled, requests()) == reference
+    assert generate(full, requests()) == generate(model(3), requests())
+    assert [lm.get_model_info()["eviction"]["compiled"] for lm in (compiled, full)] == [True, False]
 
 
 def test_the_end_of_thinking_must_be_seen_in_decoded_text():

@@ -9,6 +9,6 @@ from vkvtrain.cache.base import RowLayer, layer_of
 from vkvtrain.cache.eviction_cache import EvictionCache
 from vkvtrain.cache.layer import EvictionLayer
 from vkvtrain.cache.sliding import SlidingLayer
-from vkvtrain.cache.static import StaticView, check_bounded
+from vkvtrain.cache.static import StaticView, grows
 
-__all__ = ["EvictionCache", "EvictionLayer", "RowLayer", "SlidingLayer", "StaticView", "check_bounded", "layer_of"]
+__all__ = ["EvictionCache", "EvictionLayer", "RowLayer", "SlidingLayer", "StaticView", "grows", "layer_of"]

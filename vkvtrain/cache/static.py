@@ -20,14 +20,9 @@ from vkvtrain.logits import LogitForm, attend
 from vkvtrain.support import LayerKind
 
 
-def check_bounded(kinds: Sequence[LayerKind]) -> None:
-    """Raise ValueError if a layer of this kind keeps everything: its storage would have to grow."""
-    grow = [index for index, kind in enumerate(kinds) if not kind.evicts and kind.sliding_window is None]
-    if grow:
-        raise ValueError(
-            f"compile needs storage of fixed size, but layer {grow[0]} keeps everything (policy 'full', or "
-            "skip_layers): leave compile out"
-        )
+def grows(kinds: Sequence[LayerKind]) -> bool:
+    """Whether a layer keeps everything, so that its storage has to grow."""
+    return any(not kind.evicts and kind.sliding_window is None for kind in kinds)
 
 
 class StaticView(Cache):
@@ -38,13 +33,10 @@ class StaticView(Cache):
     Args:
         cache: a cache whose prompts are attended, every layer bounded.
         capacity: entries of each layer, for good: no row may come to hold more, its prompt and a window included.
-
-    Raises:
-        ValueError: a layer that keeps everything.
     """
 
     def __init__(self, cache: EvictionCache, capacity: int) -> None:
-        check_bounded(cache.kinds)
+        assert not grows(cache.kinds)
         self.source = cache
         evicting, sliding = cache.evicting_layers, cache.sliding_layers
         for layer in evicting:

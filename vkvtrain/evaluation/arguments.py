@@ -1,10 +1,16 @@
 """What the model arguments of an lm-eval run say, checked before a model is loaded."""
 
+import logging
+from collections.abc import Sequence
 from typing import Any
 
 import transformers
 
+from vkvtrain.cache import grows
 from vkvtrain.config import EvictionConfig
+from vkvtrain.support import LayerKind
+
+logger = logging.getLogger(__name__)
 
 _REFUSED = {
     "tp_plan": "a head's share of a layer would evict on its own; use data parallelism, or parallelize=True",
@@ -41,3 +47,17 @@ def take_eviction_config(arguments: dict[str, Any]) -> EvictionConfig:
     if given and "policy" not in given:
         raise ValueError(f"{', '.join(given)} given without a policy: add policy=vase_attnv, or remove them")
     return EvictionConfig(**given) if given else EvictionConfig(policy="full")
+
+
+def take_compile(arguments: dict[str, Any], kinds: Sequence[LayerKind]) -> bool:
+    """Whether decode steps are compiled: `compile` among model arguments, which is removed from them.
+
+    A cache that grows is decoded step by step all the same, so that a sweep's full cache stands beside the others.
+    """
+    asked = arguments.pop("compile", False)
+    if not isinstance(asked, bool):
+        raise ValueError(f"compile must be true or false, got {asked!r}")
+    if asked and grows(kinds):
+        logger.warning("compile=true: a layer keeps everything, so decode steps are not compiled in this run")
+        return False
+    return asked

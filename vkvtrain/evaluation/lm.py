@@ -4,7 +4,7 @@ Model arguments are HFLM's and the fields of `EvictionConfig` (`policy=vase_attn
 `eviction_config=<directory or repository>`. Without either the cache is full. A PEFT directory's own
 eviction_config.json is never read silently: what an adapter was trained for and what it is evaluated under are separate
 settings. `journal=<directory>` keeps finished generations there: an interrupted run, given again, goes on.
-`compile=true` decodes by a compiled step, on a GPU as a CUDA graph.
+`compile=true` decodes by a compiled step, on a GPU as a CUDA graph, where the setting bounds every layer's cache.
 """
 
 import logging
@@ -25,8 +25,12 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, po
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
-from vkvtrain.cache import check_bounded
-from vkvtrain.evaluation.arguments import check_arguments, own_generation_settings, take_eviction_config
+from vkvtrain.evaluation.arguments import (
+    check_arguments,
+    own_generation_settings,
+    take_compile,
+    take_eviction_config,
+)
 from vkvtrain.evaluation.records import (
     RECORD,
     Generation,
@@ -86,9 +90,7 @@ class EvictionLM(_HFLM):
         except OSError as error:
             raise ValueError(f"pretrained={pretrained} cannot be loaded: {' '.join(str(error).split())}") from None
         kinds = layer_kinds(config, self.eviction)
-        self.compile = bool(arguments.pop("compile", False))
-        if self.compile:
-            check_bounded(kinds)
+        self.compile = take_compile(arguments, kinds)
         check_generation(own_generation_settings(pretrained, revision))
         self.run = Run()
         self.warnings: list[str] = []
@@ -280,7 +282,7 @@ class EvictionLM(_HFLM):
 
     def get_model_info(self) -> dict[str, Any]:
         """HFLM's information, the eviction setting and what it did, over all ranks."""
-        info = {"setting": self.eviction.model_dump(mode="json"), **self.run.summary()}
+        info = {"setting": self.eviction.model_dump(mode="json"), "compiled": self.compile, **self.run.summary()}
         info["generation_config"] = (
             self.model.generation_config.to_diff_dict()
         )  # what tasks do not set is taken from it

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from vkvtrain.cache import EvictionCache, check_bounded
+from vkvtrain.cache import EvictionCache, grows
 from vkvtrain.config import EvictionConfig
 from vkvtrain.generation.decoders import Compiled, Eager
 from vkvtrain.generation.journal import Journal, context_of
@@ -62,8 +62,11 @@ def generate(
     if model.training:
         raise ValueError("the model is in training mode, where dropout is random: call model.eval() first")
     check_requests(requests, model.config, tokenizer)
-    if compile:
-        check_bounded(layer_kinds(model.config, config))
+    if compile and grows(layer_kinds(model.config, config)):
+        raise ValueError(
+            "compile needs storage of fixed size, but a layer keeps everything (policy 'full', or skip_layers): leave "
+            "compile out"
+        )
     engine = _Engine(model, config, slots, frozenset(end_tokens), tokenizer, compile)
     book = None
     if journal is not None:

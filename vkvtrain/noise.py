@@ -67,9 +67,10 @@ def stream_key(seed: int, stream: Stream) -> tuple[int, int]:
 
 
 @cache
-def _increments(device: torch.device) -> Tensor:
-    """What is added to the key before each round, int64 [10, 2]; copied to a device once."""
-    return torch.tensor([[number * word & _MASK for word in _WEYL] for number in range(10)], device=device)
+def _constants(device: torch.device) -> tuple[Tensor, Tensor]:
+    """The multipliers, int64 [2], and what is added to the key before each round, [10, 2]; on a device once."""
+    increments = [[number * word & _MASK for word in _WEYL] for number in range(10)]
+    return torch.tensor(_MULTIPLIERS, device=device), torch.tensor(increments, device=device)
 
 
 def philox(counter: Sequence[Tensor | int], key: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -83,19 +84,22 @@ def philox(counter: Sequence[Tensor | int], key: tuple[Tensor, Tensor]) -> tuple
         Four int64 tensors with values in [0, 2**32).
     """
     device = key[0].device
-    c0, c1, c2, c3 = (torch.as_tensor(word, dtype=torch.int64, device=device) for word in counter)
-    keys = torch.stack(key)
-    keys = (keys + _increments(device).view(10, 2, *[1] * (keys.dim() - 1))).bitwise_and_(_MASK)
-    for k0, k1 in (number.unbind() for number in keys.unbind()):
+    words = [torch.as_tensor(word, dtype=torch.int64, device=device) for word in counter]
+    c0, c1, c2, c3 = torch.broadcast_tensors(*words, *key)[:4]
+    ones = (1,) * c0.dim()
+    multipliers, increments = _constants(device)
+    # broadcast in the rounds alone: of a key there are ten
+    keys = torch.stack([word.view(ones[word.dim() :] + word.shape) for word in key])
+    keys = (keys + increments.view(10, 2, *ones)).bitwise_and_(_MASK)
+    # the two halves of a round are one tensor: a round is six small kernels
+    multiplied, mixed = torch.stack([c0, c2]), torch.stack([c1, c3])
+    for of_round in keys.unbind():
         # products wrap as unsigned 64-bit arithmetic does; only what is multiplied next needs its upper bits off
-        product0, product1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        c0, c2 = (
-            ((product1 >> 32) ^ c1 ^ k0).bitwise_and_(_MASK),
-            ((product0 >> 32) ^ c3 ^ k1).bitwise_and_(_MASK),
-        )
-        c1, c3 = product1, product0
-    shape = torch.broadcast_shapes(c0.shape, c1.shape, c2.shape, c3.shape)
-    return c0.expand(shape), (c1 & _MASK).expand(shape), c2.expand(shape), (c3 & _MASK).expand(shape)
+        product = (multiplied * multipliers.view(2, *ones)).flip(0)
+        multiplied = (product >> 32).bitwise_xor_(mixed).bitwise_xor_(of_round).bitwise_and_(_MASK)
+        mixed = product
+    (c0, c2), (c1, c3) = multiplied.unbind(), (mixed & _MASK).unbind()
+    return c0, c1, c2, c3
 
 
 def _unit(high: Tensor, low: Tensor) -> Tensor:

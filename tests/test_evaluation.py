@@ -2,12 +2,11 @@
 
 import json
 import logging
-import subprocess
-import sys
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from lm_eval.api.instance import Instance
@@ -289,15 +288,13 @@ def test_a_models_own_generation_settings_are_checked(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_the_embedded_model_through_lm_eval(tmp_path):
-    """Free generation solves the task with the full cache, and eviction breaks it: through the real command."""
+    """Free generation solves the task with the full cache, and eviction breaks it: through the command."""
     scores = {}
     for name, eviction in (("full", ""), ("evicted", ",policy=vase_attnv,budget=80,window=16")):
-        command = [sys.executable, "-m", "vkvtrain.cli", "lm-eval", "run", "--model", "vkv"]
-        command += ["--model_args", f"pretrained={MODEL_PATH}{eviction}", "--include_path", "eval/tasks"]
-        command += ["--tasks", "tiny_keyed_sum", "--limit", "60", "--batch_size", "30", "--device", "cpu"]
-        command += ["--output_path", str(tmp_path / name), "--log_samples"]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
+        arguments = ["--model_args", f"pretrained={MODEL_PATH}{eviction}", "--tasks", "tiny_keyed_sum"]
+        arguments += ["--limit", "60", "--batch_size", "30", "--output_path", str(tmp_path / name), "--log_samples"]
+        status, printed = forked.lm_eval(tmp_path / f"{name}.log", *arguments)
+        assert status == 0, printed
         (results,) = (tmp_path / name).rglob("results_*.json")
         (samples,) = (tmp_path / name).rglob("samples_*.jsonl")
         scores[name] = json.loads(results.read_text())["results"]["tiny_keyed_sum"]
@@ -308,11 +305,8 @@ def test_the_embedded_model_through_lm_eval(tmp_path):
     assert scores["evicted"]["exact_match,none"] < 0.4
 
 
-@pytest.mark.slow
-def test_bad_model_arguments_are_one_sentence():
-    command = [sys.executable, "-m", "vkvtrain.cli", "lm-eval", "run", "--model", "vkv", "--include_path", "eval/tasks"]
-    command += ["--model_args", f"pretrained={MODEL_PATH},policy=snapkv,budget=60,window=16"]
-    command += ["--tasks", "tiny_keyed_sum", "--device", "cpu"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert "vkvtrain lm-eval: budget (60) must be a multiple of window (16)" in done.stderr.splitlines()[-1]
+def test_bad_model_arguments_are_one_sentence(tmp_path):
+    arguments = ["--model_args", f"pretrained={MODEL_PATH},policy=snapkv,budget=60,window=16"]
+    status, printed = forked.lm_eval(tmp_path / "log", *arguments, "--tasks", "tiny_keyed_sum")
+    assert status == 2
+    assert "vkvtrain lm-eval: budget (60) must be a multiple of window (16)" in printed.splitlines()[-1]

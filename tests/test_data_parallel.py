@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import forked
 import psutil
 import pytest
 
@@ -25,31 +26,27 @@ def free_port():
         return listener.getsockname()[1]
 
 
-def command(directory, processes):
-    run = ["-m", "vkvtrain.cli", "lm-eval", "run", "--model", "vkv", "--model_args", MODEL, "--device", "cpu"]
-    run += ["--include_path", "eval/tasks", "--tasks", ",".join(TASKS), "--batch_size", "4", "--log_samples"]
-    run += [
-        "--metadata",
-        json.dumps({"problems": 5, "repeats": 2, "filler_words": 20}),
-        "--output_path",
-        str(directory),
-    ]
-    run += ["--gen_kwargs", "do_sample=true", "temperature=0.8", "max_gen_toks=100"]
-    if processes == 1:
-        return [sys.executable, *run]
-    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
-    return [sys.executable, *launch, "--main_process_port", str(free_port()), *run]
+def arguments(directory):
+    data = json.dumps({"problems": 5, "repeats": 2, "filler_words": 20})
+    return [
+        "--model_args", MODEL, "--tasks", ",".join(TASKS), "--batch_size", "4", "--metadata", data,
+        "--log_samples", "--output_path", str(directory),
+        "--gen_kwargs", "do_sample=true", "temperature=0.8", "max_gen_toks=100",
+    ]  # fmt: skip
+
+
+def on_two_processes(directory):
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    run = ["-m", "vkvtrain.cli", "lm-eval", "run", "--model", "vkv", "--include_path", "eval/tasks", "--device", "cpu"]
+    return [sys.executable, *launch, "--main_process_port", str(free_port()), *run, *arguments(directory)]
 
 
 def environment():
     return {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
-def evaluate(directory, processes):
-    done = subprocess.run(
-        command(directory, processes), cwd=ROOT, env=environment(), capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+def outcome(directory):
+    """What lm-eval wrote: its results, and the samples of each task."""
     (results,) = directory.rglob("results_*.json")  # one rank writes
     samples = {}
     for task in TASKS:
@@ -61,7 +58,13 @@ def evaluate(directory, processes):
 @pytest.mark.slow
 def test_two_processes_evaluate_every_sample_once(tmp_path):
     """Five problems on two ranks: one of them lags, is padded by lm-eval, and must not count anything twice."""
-    (one, samples_of_one), (two, samples_of_two) = (evaluate(tmp_path / str(count), count) for count in (1, 2))
+    status, printed = forked.lm_eval(tmp_path / "log", *arguments(tmp_path / "one"))
+    assert status == 0, printed[-3000:]
+    done = subprocess.run(
+        on_two_processes(tmp_path / "two"), cwd=ROOT, env=environment(), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    (one, samples_of_one), (two, samples_of_two) = outcome(tmp_path / "one"), outcome(tmp_path / "two")
     for task, metric in TASKS.items():
         ours, theirs = (
             sorted(rows, key=lambda row: row["doc_id"]) for rows in (samples_of_one[task], samples_of_two[task])
@@ -91,7 +94,7 @@ def test_two_processes_evaluate_every_sample_once(tmp_path):
 def test_a_rank_that_dies_ends_the_run(tmp_path):
     """Not after lm-eval's 52 weeks: the launcher ends the other rank and says so."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    running = subprocess.Popen(command(tmp_path, 2), cwd=ROOT, env=environment(), **pipes)
+    running = subprocess.Popen(on_two_processes(tmp_path), cwd=ROOT, env=environment(), **pipes)
     try:
         ranks = ranks_of(running.pid)
         os.kill(ranks[1], signal.SIGKILL)

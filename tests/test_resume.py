@@ -4,6 +4,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -122,10 +123,17 @@ def test_a_run_without_checkpoints_in_between_gives_the_same_adapter(whole, tmp_
     assert adapter_bytes(settings.output) == adapter_bytes(whole)
 
 
+@pytest.fixture(scope="module")
+def stopped_once(tmp_path_factory):
+    """The settings of a run that SIGTERM stopped after step 3; the adapter of an earlier attempt is not there."""
+    return stop_after(recipe(tmp_path_factory.mktemp("stopped") / "run"), 3)
+
+
 @pytest.fixture
-def stopped(tmp_path):
-    """A run that SIGTERM stopped after step 3, and its settings; the adapter of an earlier attempt is not there."""
-    return stop_after(recipe(tmp_path / "run"), 3)
+def stopped(stopped_once, tmp_path):
+    """The settings of a copy of it."""
+    shutil.copytree(stopped_once.output, tmp_path / "run")
+    return stopped_once.model_copy(update={"output": tmp_path / "run"})
 
 
 def stop_after(settings, step, signum=signal.SIGTERM):

@@ -41,8 +41,9 @@ def test_training_step(tmp_path):
     assert f"{results['ratio']:.2f}" in printed
 
 
-def test_lengths_and_budgets_go_together(tmp_path):
-    command = [sys.executable, str(BENCHMARKS / "training_attention.py"), "--tokens", "512"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode != 0
-    assert "tokens has 1 entries, budgets 3" in done.stderr
+def test_lengths_and_budgets_go_together(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import training_attention
+
+    with pytest.raises(ValueError, match="tokens has 1 entries, budgets 3"):
+        training_attention.Settings(tokens=[512]).shapes()

@@ -1,20 +1,28 @@
 """One side of against_kvpress.py, in a process of its own: kvpress and vkvtrain need different transformers.
 
-    python benchmarks/kvpress_worker.py {kvpress,vkvtrain} MODEL PROMPT_TOKENS NEW_TOKENS BUDGET WINDOW THREADS
+    python benchmarks/kvpress_worker.py {kvpress,vkvtrain,compiled} MODEL PROMPT_TOKENS NEW_TOKENS BUDGET WINDOW THREADS
 
-Decodes greedily, both sides by the same loop, and prints one JSON object: seconds and CPU seconds of decoding, entries
-held at the end, versions.
+Decodes greedily, all sides by the same loop (`compiled` is vkvtrain with a compiled step), and prints one JSON object:
+seconds and CPU seconds of decoding, entries held at the end, versions. The first steps, which compile, are not timed.
 """
 
 import json
 import sys
 import time
 from contextlib import nullcontext
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
+
+WARM_UP = 4
+
+
+def eager(model: Any, cache: Any, token: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+    """Logits after one token."""
+    return model(input_ids=token, position_ids=position, past_key_values=cache).logits
 
 
 @torch.no_grad()
@@ -39,13 +47,18 @@ def main(side: str, name: str, prompt: int, tokens: int, budget: int, window: in
     ids = torch.randint(1, 40000, (1, prompt))
     with evicting:
         token = model(input_ids=ids, past_key_values=cache, logits_to_keep=1).logits[:, -1].argmax(-1, keepdim=True)
-        began, used = time.perf_counter(), time.process_time()
-        for step in range(tokens):
-            position = torch.tensor([[prompt + step]])
-            logits = model(input_ids=token, position_ids=position, past_key_values=cache).logits
-            token = logits[:, -1].argmax(-1, keepdim=True)
+        forward: Any = partial(eager, model, cache)
+        if side == "compiled":
+            from vkvtrain.generation.decoders import Compiled
+
+            forward = Compiled(model, cache, budget + window).forward
+        began = used = 0.0
+        for step in range(WARM_UP + tokens):
+            if step == WARM_UP:
+                began, used = time.perf_counter(), time.process_time()
+            token = forward(token, torch.tensor([[prompt + step]]))[:, -1].argmax(-1, keepdim=True)
         seconds, cpu = time.perf_counter() - began, time.process_time() - used
-    held = cache.stats()[0]["live_entries"] if side == "vkvtrain" else cache.layers[0].keys.shape[2]
+    held = cache.stats()[0]["live_entries"] if side != "kvpress" else cache.layers[0].keys.shape[2]
     versions = {package: version(package) for package in ("torch", "transformers")}
     print(json.dumps({"seconds": seconds, "cpu_seconds": cpu, "held": held, "versions": versions}))
 

@@ -7,7 +7,7 @@ Random weights, greedy, no end token. Two questions, all sides in one process in
 
 - the same number of tokens decoded with transformers' `DynamicCache`, step by step; with its `StaticCache` of the full
   length, compiled; and with `EvictionCache`, step by step and compiled: tokens/s, peak memory (bytes of cache storage
-  at the end; on a GPU of the whole process too), and the share of our time that goes into evictions;
+  at the end; on a GPU of the whole process too), and what evictions cost: the share of our time, and operator calls;
 - one window of tokens, one eviction included, decoded with equally many entries held: milliseconds a token of
   `DynamicCache` and of `EvictionCache`. What is lost there is overhead.
 
@@ -28,6 +28,7 @@ from typing import Any
 import torch
 import tyro
 from measure import ROOT, machine, write
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Cache, DynamicCache, Qwen3Config, Qwen3ForCausalLM, StaticCache
 
 from vkvtrain import EvictionCache, EvictionConfig
@@ -188,6 +189,34 @@ def timed_evictions(device: torch.device) -> Iterator[list[float]]:
         layer._evict_rows = original
 
 
+class Kernels(TorchDispatchMode):
+    """Counts operator calls that are no views: on a GPU each is a kernel at least, whatever its size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls += not func.is_view
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def counted_evictions() -> Iterator[Kernels]:
+    """Operator calls of events while the block runs."""
+    original, kernels = layer._evict_rows, Kernels()
+
+    def counted(*arguments: Any) -> None:
+        with kernels:
+            original(*arguments)
+
+    layer._evict_rows = counted
+    try:
+        yield kernels
+    finally:
+        layer._evict_rows = original
+
+
 def stored_bytes(cache: Cache) -> int:
     """Bytes of the keys and values that a cache has allocated."""
     layers: Any = cache.layers
@@ -244,6 +273,10 @@ def measure(size: dict[str, Any], sides: dict[str, Side], device: torch.device) 
                     timed = decode(side, held, some)
                 its["share_of_time_evicting"].append(sum(events) / timed.seconds)
             print(f"round {number + 1} of {size['rounds']}: {name}", flush=True)
+    for name in (OURS, COMPILED):
+        with counted_evictions() as kernels:
+            decode(sides[name], held, size["window"])  # one event
+        found[name]["kernels_of_an_event"].append(kernels.calls)
     return {name: {what: statistics.median(values) for what, values in its.items()} for name, its in found.items()}
 
 
@@ -260,9 +293,10 @@ def main(settings: Settings) -> None:
     }
     total = size["prompt"] + WARM_UP + size["tokens"]
     print(f"\n{size['rows']} rows, {total} tokens each, budget {size['budget']} + {size['window']}")
-    print("'times' is ours, compiled, over the row's (tokens/s), or the row's over it (milliseconds)")
+    print("times: ours, compiled, over the row's (tokens/s), or the row's over it (milliseconds)")
+    print("kernels: operator calls of one event, all layers")
     columns = [("tokens/s", 10), ("times", 7), ("cache MiB", 11), ("peak MiB", 10), ("ms at equal length", 20),
-               ("times", 7), ("evicting", 10), ("compiling", 11)]  # fmt: skip
+               ("times", 7), ("evicting", 10), ("kernels", 9), ("compiling", 11)]  # fmt: skip
     print(f"{'':24s}" + "".join(title.rjust(width) for title, width in columns))
     best = found[COMPILED]
     for name, its in found.items():
@@ -275,6 +309,7 @@ def main(settings: Settings) -> None:
             "" if own is None else f"{own:.1f}",
             "" if own is None else f"{own / best['milliseconds_a_step_at_equal_length']:.2f}",
             f"{its['share_of_time_evicting']:.1%}" if "share_of_time_evicting" in its else "",
+            f"{its['kernels_of_an_event']:.0f}" if "kernels_of_an_event" in its else "",
             f"{its['seconds_to_compile']:.0f} s" if "compiled" in name else "",
         ]
         print(f"{name:24s}" + "".join(cell.rjust(width) for cell, (_, width) in zip(cells, columns, strict=True)))

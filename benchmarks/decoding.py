@@ -27,8 +27,7 @@ from typing import Any
 
 import torch
 import tyro
-from measure import ROOT, machine, write
-from torch.utils._python_dispatch import TorchDispatchMode
+from measure import ROOT, Kernels, machine, write
 from transformers import Cache, DynamicCache, Qwen3Config, Qwen3ForCausalLM, StaticCache
 
 from vkvtrain import EvictionCache, EvictionConfig
@@ -187,18 +186,6 @@ def timed_evictions(device: torch.device) -> Iterator[list[float]]:
         yield seconds
     finally:
         layer._evict_rows = original
-
-
-class Kernels(TorchDispatchMode):
-    """Counts operator calls that are no views: on a GPU each is a kernel at least, whatever its size."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.calls += not func.is_view
-        return func(*args, **(kwargs or {}))
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""What the speed benchmarks share: sides timed in turn, peak memory, and the machine that it was."""
+"""What the speed benchmarks share: sides timed in turn, peak memory, kernels, and the machine that it was."""
 
 import json
 import multiprocessing
@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import transformers
+from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = Path(__file__).parents[1]
 
@@ -77,6 +78,18 @@ def _status(name: str) -> int:
     """A figure of /proc/self/status, in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(name)) * 1024
+
+
+class Kernels(TorchDispatchMode):
+    """Counts operator calls that are no views: on a GPU each is a kernel at least, whatever its size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls += not func.is_view
+        return func(*args, **(kwargs or {}))
 
 
 def machine(device: torch.device) -> dict[str, Any]:

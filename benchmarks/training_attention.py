@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import torch
 import tyro
-from measure import in_turn, machine, peak_bytes, write
+from measure import Kernels, in_turn, machine, peak_bytes, write
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -128,6 +128,9 @@ def timed(shape: Shape, rounds: int) -> tuple[str, dict[str, dict[str, float]]]:
 def measure(shape: Shape, rounds: int) -> dict[str, Any]:
     """Times, ratios and peaks of one shape."""
     backend, times = timed(shape, rounds)
+    events = sum(len(row.events) for row in shape.eviction()[0].rows) // shape.batch
+    with Kernels() as kernels:
+        decide(*shape.tensors()[:3], *shape.eviction())
     peaks = {side: peak_bytes(step, shape, side, device=shape.on) for side in ("dense", "evicted")}
     return {
         "shape": vars(shape),
@@ -136,7 +139,8 @@ def measure(shape: Shape, rounds: int) -> dict[str, Any]:
         "ratio": times["dense"]["seconds"] / times["evicted"]["seconds"],
         "cpu_ratio": times["dense"]["cpu_seconds"] / times["evicted"]["cpu_seconds"],
         "attention_ratio": times["dense"]["seconds"] / times["attention"]["seconds"],
-        "events": sum(len(row.events) for row in shape.eviction()[0].rows),
+        "events": events,
+        "kernels_of_an_event": kernels.calls / events,
         "peak_bytes": peaks,
         "peak_ratio": peaks["evicted"] / peaks["dense"],
     }
@@ -203,16 +207,23 @@ def main() -> None:
     shapes = settings.shapes()
     results: dict[str, Any] = {"machine": machine(shapes[0].on), "cases": []}
     print(", ".join(f"{name} {value}" for name, value in results["machine"].items()))
-    print(f"policy {settings.policy}, {shapes[0].dtype}; seconds, forward + backward\n")
-    print("| S | B | dense | evicted | ratio | ratio of CPU time | walk | attention | peak, of dense | backend |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    print(
+        f"policy {settings.policy}, {shapes[0].dtype}; seconds, forward + backward; kernels of one event of the walk\n"
+    )
+    titles = [
+        "S", "B", "dense", "evicted", "ratio", "ratio of CPU time", "walk", "kernels", "attention", "peak, of dense",
+        "backend",
+    ]  # fmt: skip
+    for cells in (titles, ["---"] * len(titles)):
+        print(f"| {' | '.join(cells)} |")
     for shape in shapes:
         case = measure(shape, settings.rounds)
         results["cases"].append(case)
         times = {name: its["seconds"] for name, its in case["times"].items()}
         cells = [
             shape.tokens, shape.budget, f"{times['dense']:.3f}", f"{times['evicted']:.3f}", f"{case['ratio']:.2f}",
-            f"{case['cpu_ratio']:.2f}", f"{times['walk']:.3f}", f"{times['attention']:.3f}",
+            f"{case['cpu_ratio']:.2f}", f"{times['walk']:.3f}", f"{case['kernels_of_an_event']:.0f}",
+            f"{times['attention']:.3f}",
             f"{case['peak_ratio']:.2f}", case["backend"],
         ]  # fmt: skip
         print(f"| {' | '.join(map(str, cells))} |", flush=True)

@@ -1,6 +1,7 @@
 """`vkvtrain lm-eval` in a fork of the test's process: it has the imports already, and what it sets is gone with it."""
 
 import os
+import signal
 import sys
 import traceback
 from functools import partial
@@ -22,6 +23,7 @@ def lm_eval(output: Path, *arguments: str) -> tuple[int, str]:
     child = os.fork()
     if child == 0:
         status = 1
+        signal.alarm(300)  # ends the child, should a lock that another thread held keep it for ever
         try:
             with output.open("wb") as file:
                 for stream in (1, 2):

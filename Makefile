@@ -33,7 +33,7 @@ test: .venv/installed
 	touch $@
 
 test-oldest: .venv-oldest/installed
-	.venv-oldest/bin/python -m pytest -n 2 -m "not slow" $(addprefix tests/test_,$(addsuffix .py,parity families simulation cache generation))
+	.venv-oldest/bin/python -m pytest -n 2 -m "not slow" $(addprefix tests/test_,$(addsuffix .py,parity families simulation cache generation compiled foresight))
 
 tables: .venv/installed
 	$(BIN)/python -m pytest tests/test_families.py --write-tables

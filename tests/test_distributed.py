@@ -153,16 +153,21 @@ def test_an_engine_that_accelerate_drops_silently_is_noticed(monkeypatch):
                 check_engine(accelerator)
 
 
+def launched(noise, tmp_path, launcher, *arguments, **environment):
+    """The training command as `launcher` starts it with further arguments; the process that has ended."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text(json.dumps(recipe(noise, tmp_path / "run").model_dump(mode="json")))
+    return subprocess.run(
+        [sys.executable, "-m", *launcher, "recipes/finetune.py", str(path), *arguments], cwd=ROOT, text=True,
+        capture_output=True, timeout=300, check=False, env={**os.environ, **environment},
+    )  # fmt: skip
+
+
 @pytest.mark.slow
 def test_fsdp_on_cpu_processes_is_refused_before_any_model(noise, tmp_path):
     """accelerate 1.15 gives DDP instead, without a word."""
-    path = tmp_path / "recipe.yaml"
-    path.write_text(json.dumps(recipe(noise, tmp_path / "run").model_dump(mode="json")))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [*command, "recipes/finetune.py", str(path)], cwd=ROOT, text=True, capture_output=True, timeout=300,
-        check=False, env={**os.environ, **CPU_PROCESSES, "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"},
-    )  # fmt: skip
+    fsdp = {**CPU_PROCESSES, "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+    done = launched(noise, tmp_path, ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"], **fsdp)
     assert done.returncode != 0
     assert "the launcher was asked for FSDP but this run has MULTI_CPU" in done.stderr
     assert not (tmp_path / "run").exists()
@@ -214,12 +219,7 @@ def test_what_accelerate_was_asked_for(tmp_path):
 @pytest.mark.slow
 def test_two_cpu_processes_that_accelerate_drops_silently_are_noticed(noise, tmp_path):
     """`accelerate launch --cpu --num_processes 2` starts one process and sets no WORLD_SIZE (accelerate 1.15)."""
-    path = tmp_path / "recipe.yaml"
-    path.write_text(json.dumps(recipe(noise, tmp_path / "run").model_dump(mode="json")))
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
-    done = subprocess.run(
-        [*launch, "recipes/finetune.py", str(path), "--dry-run"], cwd=ROOT, text=True, capture_output=True, timeout=300,
-        check=False,
-    )  # fmt: skip
+    launcher = ["accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    done = launched(noise, tmp_path, launcher, "--dry-run")
     assert done.returncode != 0
     assert "asked for" in done.stderr

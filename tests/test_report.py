@@ -7,7 +7,7 @@ from itertools import pairwise
 from xml.etree import ElementTree
 
 import pytest
-from test_ablation import rows, settings
+from sweeps import rows, settings
 
 from vkvtrain import cli
 from vkvtrain.ablation.report import fenced, markdown_text, write_report

@@ -1,5 +1,6 @@
 """What the layers of a cache have in common: independent rows whose counters are Python integers."""
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar, NoReturn
 
@@ -170,10 +171,11 @@ class RowLayer(CacheLayerMixin):
 
     # What a kind of layer says for itself
 
+    @abstractmethod
     def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Store tokens that continue the rows; returns the keys and values that they attend to."""
-        raise NotImplementedError
 
+    @abstractmethod
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, form: LogitForm) -> Tensor:
         """Attention output [rows, q, Hq, D] of the tokens just given to `update`; then the events that are due.
 
@@ -183,16 +185,15 @@ class RowLayer(CacheLayerMixin):
             mask: of the new tokens among themselves, bool [rows, 1, q, q], or None without padding.
             form: scaling, soft cap and sinks of the attention.
         """
-        raise NotImplementedError
 
     def finish(self, step: Step) -> None:
-        """Count a step whose tokens are stored and attended; then the events that are due."""
+        """Count a step whose tokens are stored and attended."""
         self.columns += step.new
         self.counters = step.after
 
+    @abstractmethod
     def held_bytes(self, row: int) -> tuple[int, int]:
         """(bytes held of a row, most that were ever held)."""
-        raise NotImplementedError
 
     def entry_bytes(self) -> int:
         """Bytes of one token's entries, all KV heads."""

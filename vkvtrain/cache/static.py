@@ -5,6 +5,7 @@ and what it sees follow from counters on the device, so all steps are one graph;
 events, stays outside of it and is the cache's own.
 """
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -125,9 +126,9 @@ class _StaticLayer(CacheLayerMixin):
 
     get_max_cache_shape = get_max_length
 
+    @abstractmethod
     def place(self) -> Tensor:
         """Slot that each row's token takes, int64 [rows]."""
-        raise NotImplementedError
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         assert self.keys is not None
@@ -137,9 +138,9 @@ class _StaticLayer(CacheLayerMixin):
         self.values.scatter_(2, slot.expand(value_states.shape), value_states)
         return carry(self.keys.view(self.keys.shape), self), self.values
 
+    @abstractmethod
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, form: LogitForm) -> Tensor:
         """Attention output [rows, 1, Hq, D]; arguments as for `RowLayer.attend`, whose mask says nothing here."""
-        raise NotImplementedError
 
 
 class StaticEvictionLayer(_StaticLayer):

@@ -1,10 +1,13 @@
-"""The README's tables: policies from the registry, families from the outcomes of `test_families.py` (`make tables`)."""
+"""The README's tables: policies from the registry, families from the outcomes of `test_families.py` (`make tables`),
+versions from pyproject.toml (`make bounds`)."""
 
 import inspect
+import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 
 from families import FAMILIES
+from packaging.requirements import Requirement
 
 from vkvtrain.policies import POLICIES
 
@@ -19,6 +22,8 @@ COLUMNS = {
     "checkpointing": "checkpointing",
 }
 """Tests of `test_families.py` and their headings."""
+VERSIONS = ("torch", "transformers", "peft", "accelerate", "datasets", "huggingface_hub", "lm-eval")
+"""Libraries whose versions the README names."""
 
 
 def row(cells: list[str]) -> str:
@@ -54,6 +59,19 @@ def family_table(outcomes: Mapping[tuple[str, str], list[bool]]) -> str:
             many = f" ({len(passed)} policies)" if test == "parity" else ""
             cells.append("not run" if not passed else f"yes{many}" if all(passed) else "FAILS")
         lines.append(row([name, *cells, family.note]))
+    return "\n".join(lines)
+
+
+def version_table() -> str:
+    """A row for each library whose minor releases matter here: the versions that pyproject.toml admits."""
+    project = tomllib.loads((README.parent / "pyproject.toml").read_text())["project"]
+    lines = [row(["", "from", "to before"]), row(["---"] * 3)]
+    lines.append(row(["Python", project["requires-python"].removeprefix(">="), "-"]))
+    for text in (*project["dependencies"], *project["optional-dependencies"]["eval"]):
+        requirement = Requirement(text)
+        if requirement.name in VERSIONS:
+            bounds = {one.operator: one.version for one in requirement.specifier}
+            lines.append(row([requirement.name, bounds[">="], bounds["<"]]))
     return "\n".join(lines)
 
 

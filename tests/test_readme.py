@@ -3,11 +3,15 @@
 import re
 
 from families import FAMILIES
-from readme_tables import README, current, policy_table
+from readme_tables import README, current, policy_table, version_table
 
 
 def test_the_table_of_policies_is_current():
     assert current("policies") == policy_table(), "run `make tables`"
+
+
+def test_the_table_of_versions_is_what_pyproject_admits():
+    assert current("versions") == version_table(), "run `make bounds`"
 
 
 def test_the_table_of_families_names_every_family_and_no_failure():

@@ -2,9 +2,9 @@
 
     python docs/contract.py
 
-The embedded model reads one problem with its response twice: in one parallel pass under simulated eviction, and token by
-token with the evicting cache. The left panel shows what each query sees in the first (`j <= i < evict_at[j]`), the right
-panel what the cache holds after each token of the second. The script stops if the two are not the same.
+The embedded model reads one problem with its response twice: in one parallel pass under simulated eviction, and token
+by token with the evicting cache. The left panel shows what each query sees in the first (`j <= i < evict_at[j]`), the
+right panel what the cache holds when each token of the second attends. The script stops if the two are not the same.
 """
 
 from pathlib import Path
@@ -60,7 +60,7 @@ def simulated(model: torch.nn.Module, ids: Tensor, prompt: int) -> Tensor:
 
 @torch.no_grad()
 def decoded(model: torch.nn.Module, ids: Tensor, prompt: int) -> Tensor:
-    """What the cache holds when each query attends, bool [S, S] by (key, query); a prompt's query sees what came before."""
+    """What the cache holds when each query attends, bool [S, S] by (key, query); the prompt is causal."""
     length = ids.shape[1]
     held = torch.ones(length, length, dtype=torch.bool).triu()
     cache = EvictionCache(CONFIG, model.config)
@@ -81,9 +81,7 @@ def draw(panels: dict[str, Tensor], prompt: int, path: Path) -> None:
     for column, (title, held) in enumerate(panels.items()):
         length = len(held)
         above, below = axes[:, column]
-        above.imshow(
-            states(held, prompt), cmap=colours, vmin=0, vmax=len(COLOURS) - 1, interpolation="none", aspect="auto"
-        )
+        above.imshow(states(held, prompt), cmap=colours, vmin=0, vmax=len(COLOURS) - 1, aspect="auto")
         below.step(range(length), held.sum(0), where="mid", color="#333333", linewidth=1)
         assert CONFIG.budget is not None
         for entries, name in ((CONFIG.budget, "budget"), (CONFIG.budget + CONFIG.window, "budget + window")):

@@ -29,6 +29,8 @@ class Event:
     """[Hkv, C]."""
     gumbel: Array
     """[Hkv, C]."""
+    uniform: Array
+    """[Hkv, C]."""
     projection: Callable[[int, bool], Array]
     """(rank, drawn afresh at every event) -> [D, rank]."""
     scaling: float
@@ -90,8 +92,7 @@ def redundancy(keys: list[Array], threshold: float | None) -> Array:
     if threshold is not None:
         for i in range(count):
             similar = [j for j in range(count) if cosine[i, j] > threshold]
-            if similar:
-                cosine[i, similar[-1]] = 0.0
+            cosine[i, similar[-1] if similar else 0] = 0.0
     return softmax(cosine.mean(axis=0))
 
 
@@ -116,7 +117,7 @@ def rkv(event: Event, kv_head: int) -> Array:
 
 def rkv_vase(event: Event, kv_head: int) -> Array:
     lam = event.arguments.get("lam", 0.5)
-    repeated = redundancy([*event.keys[kv_head], *event.window_keys[kv_head]], None)[: event.keys.shape[1]]
+    repeated = redundancy(list(event.keys[kv_head]), None)
     return lam * window_attention(event, kv_head) - (1 - lam) * repeated
 
 
@@ -146,16 +147,48 @@ def caote(event: Event, kv_head: int) -> Array:
     attention = window_attention(event, kv_head)
     alpha = attention / attention.sum()
     output = sum(weight * value for weight, value in zip(alpha, event.values[kv_head], strict=True))
+    mean_norm = sum(weight * math.sqrt(value @ value) for weight, value in zip(alpha, event.values[kv_head], strict=True))
     return np.array(
         [
-            math.inf if weight >= 1 else weight / (1 - weight) * float(np.linalg.norm(output - value))
+            math.inf if weight >= 1 else weight / (1 - weight) * distance(output, value, mean_norm)
             for weight, value in zip(alpha, event.values[kv_head], strict=True)
         ]
     )
 
 
+def distance(output: Array, value: Array, mean_norm: float) -> float:
+    """`|output - value|` in units of the last of ten mantissa bits of the larger one."""
+    unit = math.ldexp(1.0, math.frexp(max(math.sqrt(value @ value), mean_norm))[1] - 11)
+    return round(math.sqrt((output - value) @ (output - value)) / unit) * unit
+
+
+def nexus(event: Event, kv_head: int) -> Array:
+    """Window attention, and what a walk over the first three attention rows of the window adds."""
+    heads = event.heads_of(kv_head)
+    rows = [
+        sum(softmax([event.logit(event.queries[head, q], key) for key in event.keys[kv_head]]) for head in heads)
+        / len(heads)
+        for q in range(event.queries.shape[1])
+    ]
+    walk = np.zeros(event.keys.shape[1])
+    for row in rows[:3]:
+        walk = walk + row * (1 + row @ walk)
+    return sum(rows) / len(rows) + event.arguments.get("lam", 0.5) * walk / walk.sum()
+
+
 def value_range(values: Array) -> Array:
     return np.array([max(value) - min(value) for value in values])
+
+
+def value_variance(values: Array) -> Array:
+    return np.array([np.mean((value - value.mean()) ** 2) for value in values])
+
+
+def value_norm(values: Array) -> Array:
+    return np.array([math.sqrt(value @ value) for value in values])
+
+
+MEASURES = {"range": value_range, "variance": value_variance, "l2": value_norm}
 
 
 ORACLES: dict[str, Callable[[Event, int], Array] | None] = {
@@ -171,13 +204,14 @@ ORACLES: dict[str, Callable[[Event, int], Array] | None] = {
     "tova": tova,
     "keydiff": keydiff,
     "knorm": lambda event, kv_head: np.array([-math.sqrt(key @ key) for key in event.keys[kv_head]]),
-    "value_l2": lambda event, kv_head: np.array([math.sqrt(value @ value) for value in event.values[kv_head]]),
-    "value_var": lambda event, kv_head: np.array([np.mean((v - v.mean()) ** 2) for v in event.values[kv_head]]),
+    "value_l2": lambda event, kv_head: value_norm(event.values[kv_head]),
+    "value_var": lambda event, kv_head: value_variance(event.values[kv_head]),
     "caote": caote,
+    "nexus": nexus,
     "evict_large": lambda event, kv_head: -value_range(event.values[kv_head]),
     "full": None,
 }
-SAMPLED = ("vase_attnv", "random")
+SAMPLED = ("vase_attnv", "random", "nexus")
 SINGLE_TOKEN = ("vase_dkv", "curdkv", "knorm", "value_l2", "value_var", "evict_large")
 LARGE = {"vase_attnv": 0.25}
 """Share of the budget that a policy protects of its own accord."""
@@ -192,8 +226,9 @@ def ten_bits(score: float) -> float:
 
 
 def kept(
-    policy: str, event: Event, *, budget: int, window: int, sinks: int, prompt: int | None, fraction: float | None
-) -> tuple[list[list[int]], float]:
+    policy: str, event: Event, *, budget: int, window: int, sinks: int, prompt: int | None, fraction: float | None,
+    measure: str = "range", retention: str | None = None,
+) -> tuple[list[list[int]], float]:  # fmt: skip
     """Slots kept of each KV head, and how narrowly: the smallest relative gap between a kept and a dropped score.
 
     Args:
@@ -202,6 +237,7 @@ def kept(
         budget, window, sinks: of the setting.
         prompt: length of a protected prompt, or None.
         fraction: `protected_fraction`.
+        measure, retention: of the setting.
     """
     score_of, keep = ORACLES[policy], budget - window
     assert score_of is not None
@@ -211,14 +247,17 @@ def kept(
         count = len(positions)
         first = sinks if prompt is None else max(sinks, min(prompt, keep - 1))
         protected = [slot for slot in range(count) if positions[slot] < first]
-        ranges = [ten_bits(score) for score in value_range(event.values[kv_head])]
-        large = sorted((s for s in range(count) if s not in protected), key=lambda s: (-ranges[s], -s))
+        if measure == "random":
+            sizes = [float(np.float32(number)) for number in event.uniform[kv_head]]
+        else:
+            sizes = [ten_bits(score) for score in MEASURES[measure](event.values[kv_head])]
+        large = sorted((s for s in range(count) if s not in protected), key=lambda s: (-sizes[s], -s))
         room = min(max(0, math.floor(fraction * budget) - sinks), keep - first)
         protected += large[:room]
         scores = [float(score) for score in score_of(event, kv_head)]
         if policy in SINGLE_TOKEN:
             scores = [ten_bits(score) for score in scores]
-        if policy in SAMPLED:
+        if retention == "sampled" or (retention is None and policy in SAMPLED):
             scores = [
                 (math.log(weight) if weight > 0 else -math.inf) + noise
                 for weight, noise in zip(scores, event.gumbel[kv_head], strict=True)
@@ -226,7 +265,7 @@ def kept(
         others = sorted((s for s in range(count) if s not in protected), key=lambda s: (-scores[s], -s))
         chosen, dropped = others[: keep - len(protected)], others[keep - len(protected) :]
         result.append(sorted([*protected, *chosen]))
-        for ordered, values, edge in ((large, ranges, room), (others, scores, len(chosen))):
+        for ordered, values, edge in ((large, sizes, room), (others, scores, len(chosen))):
             if 0 < edge < len(ordered):
                 above, below = values[ordered[edge - 1]], values[ordered[edge]]
                 if above != below and math.isfinite(above):
@@ -272,6 +311,7 @@ def walk(
             window_keys=np.stack([keys[h, held[h][-window:]] for h in range(heads)]),
             mass=np.stack([mass[h, candidates[h]] for h in range(heads)]),
             gumbel=np.zeros((heads, len(candidates[0]))),
+            uniform=np.zeros((heads, len(candidates[0]))),
             projection=lambda rank, fresh: np.zeros((keys.shape[2], rank)),
             scaling=scaling, softcap=None, smooth=True, arguments={},
         )  # fmt: skip

@@ -8,7 +8,7 @@ from passes import tiny_model
 from sweeps import ROOT, adapter, sweep
 
 from vkvtrain import EvictionConfig, simulated_eviction
-from vkvtrain.ablation.grid import draws, load_sweep, without_repeats
+from vkvtrain.ablation.grid import load_sweep, without_repeats
 from vkvtrain.ablation.plan import make_plan
 from vkvtrain.ablation.tasks import fingerprint
 from vkvtrain.policies import POLICIES
@@ -60,7 +60,7 @@ def test_a_seed_matters_exactly_where_it_is_said_to(name):
         with torch.no_grad(), simulated_eviction(model, config, [9]) as trace:
             model(input_ids=ids, use_cache=False)
         kept.append(torch.stack([trace.evict_at[layer] for layer in sorted(trace.evict_at)]))
-    assert draws(config) != torch.equal(*kept)
+    assert config.draws != torch.equal(*kept)
 
 
 def test_what_draws_nothing_runs_once_for_all_seeds():

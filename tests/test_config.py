@@ -1,5 +1,7 @@
 """The eviction setting: defaults, errors that name the setting and the fix, and its JSON round trip."""
 
+import json
+
 import pytest
 
 from vkvtrain import EvictionConfig
@@ -24,6 +26,22 @@ BAD = {
         ["no argument 'rank'", "takes none"],
     ),
     "bad rank": ({"budget": 128, "policy": "curdkv", "policy_args": {"rank": 0}}, ["rank must be a positive int"]),
+    "measure": ({"budget": 128, "measure": "L2"}, ["'measure'", "'range', 'variance', 'l2' or 'random'", "'L2'"]),
+    "retention": ({"budget": 128, "retention": "top"}, ["'retention'", "'sampled' or 'top_k'", "'top'"]),
+    "measure of nothing": (
+        {"budget": 128, "policy": "snapkv", "measure": "l2"},
+        ["measure 'l2' has no value to protect", "= 0", "sinks (4)", "raise protected_fraction"],
+    ),
+    "measure of sinks only": (
+        {"budget": 128, "measure": "random", "sinks": 40}, ["measure 'random'", "= 32", "no more than sinks (40)"]
+    ),
+    "sampled without weights": (
+        {"budget": 128, "policy": "rkv", "retention": "sampled"}, ["policy 'rkv' are no weights", "snapkv", "h2o"]
+    ),
+    "streaming sampled": ({"budget": 128, "policy": "streaming", "retention": "sampled"}, ["'streaming'", "no weights"]),
+    "highest of equal weights": (
+        {"budget": 128, "policy": "random", "retention": "top_k"}, ["weights of policy 'random' are all equal"]
+    ),
     "fraction": ({"budget": 128, "protected_fraction": 1.5}, ["'protected_fraction'", "less than or equal to 1"]),
     "type": ({"budget": "many"}, ["'budget'", "integer", "'many'"]),
     "layer": ({"budget": 128, "skip_layers": (-1,)}, ["skip_layers", "from 0"]),
@@ -49,6 +67,8 @@ def test_defaults():
         "window": 64,
         "sinks": 4,
         "protected_fraction": None,
+        "measure": "range",
+        "retention": None,
         "smooth": True,
         "policy_args": {},
         "protect_prompt": False,
@@ -67,11 +87,33 @@ def test_frozen():
 def test_round_trip(tmp_path):
     config = EvictionConfig(
         policy="vase_dkv", budget=96, window=32, sinks=2, protected_fraction=0.1, smooth=False, policy_args={"rank": 8},
-        protect_prompt=True, skip_layers=(0, 3), seed=5,
+        protect_prompt=True, skip_layers=(0, 3), seed=5, measure="variance", retention="sampled",
     )  # fmt: skip
     path = config.save_pretrained(tmp_path / "deep" / "er")
     assert path.name == "eviction_config.json"
     assert EvictionConfig.from_pretrained(path.parent) == config
+
+
+def test_a_file_without_the_newer_settings_means_what_it_meant(tmp_path):
+    config = EvictionConfig(budget=128)
+    older = {name: value for name, value in config.model_dump().items() if name not in ("measure", "retention")}
+    (tmp_path / "eviction_config.json").write_text(json.dumps(older))
+    assert EvictionConfig.from_pretrained(tmp_path) == config
+    assert (config.measure, config.samples, config.large_values) == ("range", True, 28)
+
+
+def test_whether_the_seed_decides_anything():
+    def draws(**settings):
+        return EvictionConfig(**{"budget": 128, **settings}).draws
+
+    assert draws()
+    assert not draws(retention="top_k")
+    assert draws(retention="top_k", measure="random")
+    assert not draws(policy="snapkv")
+    assert draws(policy="snapkv", retention="sampled")
+    assert not draws(policy="snapkv", protected_fraction=0.5, measure="l2")
+    assert draws(policy="streaming", protected_fraction=0.5, measure="random")
+    assert not draws(policy="full")
 
 
 def test_files_that_cannot_be_read(tmp_path):

@@ -12,9 +12,9 @@ from scipy import stats
 
 from vkvtrain import EvictionConfig
 from vkvtrain.noise import NoiseSource, stream_key
-from vkvtrain.policies import POLICIES, Candidates, round_mantissa, value_range
-from vkvtrain.policies.base import Policy, window_attention
-from vkvtrain.selection import Selector, ranks, top
+from vkvtrain.policies import POLICIES, Candidates, round_mantissa
+from vkvtrain.policies.base import Policy, value_norm, value_range, value_variance, window_attention
+from vkvtrain.selection import Selector, ranks, tied_at_the_cut, top
 
 PER_ROW = ("positions", "queries", "keys", "values", "window_keys", "mass")
 
@@ -157,6 +157,69 @@ def test_a_fraction_overrides_every_policys_own(name):
     assert own == (5 if name == "vase_attnv" else 0)  # 28 // 4 less two sinks
 
 
+MEASURED = {
+    "range": [[9.0, 0, 0, 0], [0, -9.5, 0, 0]],
+    "variance": [[4.2, -4.2, 4.2, -4.2], [4.3, 4.3, -4.3, -4.3]],
+    "l2": [[20.0, 20, 20, 20], [25, 25, 25, 25]],
+}
+"""Two values that are the largest by one measure and not by the others."""
+
+
+@pytest.mark.parametrize("policy", ["vase_attnv", "snapkv", "h2o", "rkv", "random", "evict_large", "knorm"])
+@pytest.mark.parametrize("measure", MEASURED)
+def test_a_measure_says_which_values_are_large(measure, policy):
+    found = candidates(30, rows=20, dim=4, heads=2)
+    values = torch.zeros_like(found.values)
+    for number, large in enumerate(MEASURED.values()):
+        values[..., 8 + 2 * number : 10 + 2 * number, :] = torch.tensor(large)
+    first = 8 + 2 * list(MEASURED).index(measure)
+    config = EvictionConfig(
+        policy=policy, budget=16, window=4, sinks=2, protected_fraction=0.25, measure=measure,
+        retention="top_k" if policy == "snapkv" else None,
+    )  # fmt: skip
+    kept = select(config, replace(found, values=values))
+    assert all({0, 1, first, first + 1} <= set(row) for row in kept[:, 0].tolist())
+
+
+@pytest.mark.parametrize("policy", ["random", "streaming", "vase_attnv"])
+def test_random_protection_is_uniform_and_independent_of_the_sampling(policy):
+    """Five of nine protected at random; where the rest are sampled by equal weights, all nine fare alike."""
+    config = EvictionConfig(policy=policy, budget=7, window=1, sinks=1, protected_fraction=0.86, measure="random")
+    assert config.large_values == 5
+    found = candidates(10, rows=DRAWS)
+    kept = select(config, replace(found, queries=torch.zeros_like(found.queries)))
+    counts = torch.bincount(kept.flatten(), minlength=10)
+    assert counts[0] == DRAWS
+    assert stats.chisquare(counts[1:].numpy()).pvalue > 1e-3
+    positions = torch.arange(10).expand(DRAWS, 1, -1)
+    uniform, gumbel = found.noise.uniform(positions).flatten(), found.noise.gumbel(positions).flatten()
+    assert stats.kstest(uniform.numpy(), "uniform").pvalue > 1e-3
+    assert abs(stats.spearmanr(uniform.numpy(), gumbel.numpy()).statistic) < 4 / len(uniform) ** 0.5
+
+
+def test_retention_is_a_choice_where_scores_are_weights():
+    """SnapKV sampled is VaSE's policy without protection, and VaSE's with the highest kept is SnapKV with protection."""
+    found = candidates(40, rows=30, heads=4, kv_heads=2)
+    shared = {"budget": 24, "window": 4, "sinks": 2}
+
+    def kept(policy, **settings):
+        return select(EvictionConfig(policy=policy, **shared, **settings), found)
+
+    assert torch.equal(kept("snapkv", retention="sampled"), kept("vase_attnv", protected_fraction=0.0))
+    assert torch.equal(kept("vase_attnv", retention="top_k"), kept("snapkv", protected_fraction=0.25))
+    assert not torch.equal(kept("vase_attnv"), kept("vase_attnv", retention="top_k"))
+
+
+def test_scores_that_differ_by_rounding_tie():
+    """At the cut the newest is kept, whichever of equal scores rounding made the higher; other scores stay in order."""
+    scores = torch.tensor([0.9, 0.5, 0.5, 0.5, 0.5, 0.1])
+    noisy = scores * (1 + 2e-6 * torch.tensor([0.0, 1.0, 0.5, -0.5, -1.0, 0.0]))
+    assert top(tied_at_the_cut(ranks(noisy), 3), 3).tolist() == [0, 3, 4]
+    apart = scores * (1 + 1e-4 * torch.tensor([0.0, 1.0, 0.5, -0.5, -1.0, 0.0]))
+    assert top(tied_at_the_cut(ranks(apart), 3), 3).tolist() == [0, 1, 2]
+    assert top(tied_at_the_cut(ranks(-noisy), 2), 2).tolist() == [4, 5]
+
+
 def test_the_prompt_is_protected_and_clipped_with_a_warning():
     config = EvictionConfig(policy="evict_large", budget=12, window=4, sinks=2, protect_prompt=True)
     found = with_ranges(candidates(20, rows=2), torch.arange(20, 0, -1))
@@ -257,8 +320,14 @@ def test_leverage_is_the_formula(name):
         assert kept == sorted(score.argsort(descending=True)[:6].tolist())
 
 
-def test_value_range():
-    assert value_range(torch.tensor([[1.0, -3, 2], [4, 4, 4]])).tolist() == [5, 0]
+def test_measures_of_a_value():
+    values = torch.tensor([[1.0, -3, 2, 4], [4, 4, 4, 4]])
+    assert value_range(values).tolist() == [7, 0]
+    assert value_variance(values).tolist() == [6.5, 0]
+    assert value_norm(values).tolist() == [pytest.approx(30**0.5), 8]
+    half = values.bfloat16()
+    assert value_variance(half, torch.float32).dtype == torch.float32
+    assert value_variance(half, torch.float32).tolist() == [6.5, 0]
 
 
 @given(st.floats(-(2.0**100), 2.0**100, width=32))

@@ -6,13 +6,14 @@ Knows the names and arguments of the policies; knows nothing of models, caches o
 import dataclasses
 import difflib
 import json
+import math
 import os
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from vkvtrain.policies import Policy, get_policy
+from vkvtrain.policies import POLICIES, Policy, get_policy
 
 CONFIG_NAME = "eviction_config.json"
 
@@ -66,6 +67,10 @@ class EvictionConfig(Settings):
     """First positions of the sequence, always kept."""
     protected_fraction: float | None = Field(default=None, ge=0, le=1)
     """Share of the budget that is protected as sinks or large values; None is the policy's own default."""
+    measure: Literal["range", "variance", "l2", "random"] = "range"
+    """What makes a value large: range, variance or Euclidean norm over the head dimension; `random` protects any."""
+    retention: Literal["sampled", "top_k"] | None = None
+    """Whether the unprotected are sampled in proportion to their scores, or the highest kept; None is the policy's own."""
     smooth: bool = True
     """Average-pool the window attention over five neighbours."""
     policy_args: dict[str, Any] = Field(default_factory=dict)
@@ -103,7 +108,50 @@ class EvictionConfig(Settings):
             raise ValueError(
                 f"sinks ({self.sinks}) must be less than budget - window ({self.budget - self.window}): lower sinks"
             )
+        self._check_retention(policy)
+        if self.measure != "range" and not self.large_values:
+            raise ValueError(
+                f"measure {self.measure!r} has no value to protect: floor(protected_fraction * budget) = "
+                f"{self._protected} is no more than sinks ({self.sinks}); raise protected_fraction, or leave measure out"
+            )
         return self
+
+    def _check_retention(self, policy: Policy) -> None:
+        if policy.has_weights or self.samples == policy.samples:
+            return
+        if policy.samples:
+            raise ValueError(
+                f"retention 'top_k': the weights of policy {self.policy!r} are all equal, so none is the highest; leave "
+                "retention out"
+            )
+        weighted = ", ".join(name for name, other in POLICIES.items() if other.has_weights)
+        raise ValueError(
+            f"retention 'sampled': the scores of policy {self.policy!r} are no weights to sample by; leave retention out, "
+            f"or use one of {weighted}"
+        )
+
+    @property
+    def _protected(self) -> int:
+        """Entries protected as sinks or large values, if they fit."""
+        own = get_policy(self.policy).protected_fraction
+        fraction = own if self.protected_fraction is None else self.protected_fraction
+        return math.floor(fraction * (self.budget or 0))
+
+    @property
+    def large_values(self) -> int:
+        """Entries protected for their large values, beside the sinks."""
+        return max(0, self._protected - self.sinks)
+
+    @property
+    def samples(self) -> bool:
+        """Whether unprotected candidates are sampled in proportion to their scores, else the highest kept."""
+        return get_policy(self.policy).samples if self.retention is None else self.retention == "sampled"
+
+    @property
+    def draws(self) -> bool:
+        """Whether the seed decides anything."""
+        randomly_protected = self.measure == "random" and self.large_values > 0
+        return self.evicts and (self.samples or randomly_protected or get_policy(self.policy).needs_noise)
 
     def make_policy(self) -> Policy:
         """The policy with its arguments; raises ValueError for an unknown policy or argument."""

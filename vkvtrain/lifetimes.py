@@ -17,7 +17,7 @@ from vkvtrain.events import Block, Chunks, Event, blocks, normalise_chunks
 from vkvtrain.gather import Entries
 from vkvtrain.logits import LogitForm, attention_mass, score_dtype
 from vkvtrain.noise import NoiseSource, Stream, stream_key
-from vkvtrain.policies import Candidates, round_mantissa, value_range
+from vkvtrain.policies import Candidates, value_size
 from vkvtrain.selection import Selector
 
 
@@ -153,7 +153,7 @@ class Walk:
         self.dtype = score_dtype(key.dtype)
         rows, heads, width, _ = key.shape
         self.query, self.key, self.value = Entries(query), Entries(key), Entries(value)
-        self.ranges = round_mantissa(value_range(value, self.dtype)) if selector.needs_values else None
+        self.value_sizes = {measure: value_size(value, measure, self.dtype) for measure in selector.measures}
         self.evict_at = never_evicted(plan, heads)
         self._until = Entries(self.evict_at[..., None])
         """The same by entry, to write to."""
@@ -236,7 +236,7 @@ class Walk:
             mass=self.mass[rows, :, :count] if selector.needs_mass else None,
             softcap=self.form.softcap,
             attention=attention,
-            ranges=None if self.ranges is None else self.ranges[rows].gather(-1, considered),
+            value_sizes={name: sizes[rows].gather(-1, considered) for name, sizes in self.value_sizes.items()},
         )
         slots = selector(candidates, [plan.rows[row].prompt for row in stop.rows])
         kept = considered.gather(-1, slots)

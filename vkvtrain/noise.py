@@ -137,11 +137,23 @@ class NoiseSource:
         Args:
             positions: int64 [N, Hkv, C].
         """
+        words = self._words(positions)
+        return -torch.log(-torch.log(_unit(words[0], words[1])))
+
+    def uniform(self, positions: Tensor) -> Tensor:
+        """Uniform noise of each candidate between 0 and 1, float64; independent of the Gumbel noise.
+
+        Args:
+            positions: int64 [N, Hkv, C].
+        """
+        words = self._words(positions)
+        return _unit(words[2], words[3])
+
+    def _words(self, positions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         heads = torch.arange(positions.shape[1], device=positions.device)[:, None]
         key = (self.key[0][:, None, None], self.key[1][:, None, None])
         layer = self.layer if isinstance(self.layer, int) else self.layer[:, None, None]
-        words = philox((positions, self.event[:, None, None], layer, heads), key)
-        return -torch.log(-torch.log(_unit(words[0], words[1])))
+        return philox((positions, self.event[:, None, None], layer, heads), key)
 
     def projection(self, dim: int, rank: int, per_event: bool) -> Tensor:
         """A Gaussian random projection, entries N(0, 1/rank), float32 [N, dim, rank], shared by the KV heads.

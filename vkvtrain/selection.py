@@ -4,7 +4,6 @@ Exactly `budget - window` candidates are kept, chosen by one integer key per can
 passes, two devices or two batch layouts that agree on the scores agree on the set.
 """
 
-import math
 import warnings
 from collections.abc import Sequence
 
@@ -14,6 +13,8 @@ from torch import Tensor
 from vkvtrain.config import EvictionConfig
 from vkvtrain.policies import Candidates, round_mantissa
 
+_TIED = 64
+"""Ranks (units in the last place of a float32) within which attention scores tie: twice what the passes' rounding is."""
 _PROTECTED = 0x7FFFFFFF
 """Rank above that of any float32."""
 _EXCLUDED = -0x80000000
@@ -33,6 +34,15 @@ def top(rank: Tensor, count: int) -> Tensor:
     return (rank * 2**32 + slots).topk(count, sorted=False).indices.sort(-1).values
 
 
+def tied_at_the_cut(rank: Tensor, count: int) -> Tensor:
+    """The ranks, those that nearly equal the lowest of the `count` highest made equal to it, [..., C].
+
+    Which of two equal scores rounding has made the higher one differs between the passes; the newest shall be kept.
+    """
+    cut = rank.topk(count, sorted=False).values.amin(-1, keepdim=True)
+    return torch.where((rank - cut).abs() <= _TIED, cut, rank)
+
+
 class Selector:
     """Chooses what survives an event under one eviction setting."""
 
@@ -42,15 +52,17 @@ class Selector:
             raise ValueError(f"policy {config.policy!r} keeps everything: there is nothing to select")
         self.config = config
         self.keep = config.budget - config.window
-        fraction = config.protected_fraction
-        fraction = self.policy.protected_fraction if fraction is None else fraction
-        self.large = max(0, math.floor(fraction * config.budget) - config.sinks)
+        self.large = config.large_values
+        self.samples = config.samples
         self.needs_mass = self.policy.needs_mass
         self.needs_queries = self.policy.needs_queries
         self.only_window_attention = self.policy.only_window_attention
         self.needs_keys = self.policy.needs_keys
         self.needs_window_keys = self.policy.needs_window_keys
-        self.needs_values = self.policy.needs_values or self.large > 0
+        protecting = {config.measure} if self.large and config.measure != "random" else set()
+        self.measures = sorted(protecting.union(self.policy.measures))
+        """Measures of the values' size that protection and scores read."""
+        self.needs_values = self.policy.needs_values or bool(self.measures)
         self._warned = False
 
     @property
@@ -63,7 +75,7 @@ class Selector:
     @property
     def keeps_newest(self) -> bool:
         """Whether the protected prefix and the newest entries survive, whatever they hold."""
-        return self.policy.keeps_newest and self.data_independent
+        return self.policy.keeps_newest and self.data_independent and not self.large
 
     def protected_prefix(self, prompts: Sequence[int]) -> list[int]:
         """How many first positions are protected in each sequence: sinks, and the prompt if asked for."""
@@ -99,14 +111,19 @@ class Selector:
         score = self.policy.score(candidates, self.config.smooth)
         if self.policy.scores_single_tokens:
             score = round_mantissa(score)
-        if self.policy.samples:
+        if self.samples:
             # Gumbel-top-k on log weights: Efraimidis and Spirakis 2006; Kool et al. 2019
             score = torch.log(score.float().double()) + candidates.noise.gumbel(positions)
-        return top(ranks(score).masked_fill(protected, _PROTECTED), self.keep)
+        rank = ranks(score).masked_fill(protected, _PROTECTED)
+        if not (self.samples or self.policy.scores_single_tokens or self.policy.keeps_newest):
+            rank = tied_at_the_cut(rank, self.keep)
+        return top(rank, self.keep)
 
     def _large_values(self, candidates: Candidates, protected: Tensor, prefix: Sequence[int]) -> Tensor:
-        """Mask [N, Hkv, C] of the entries that are protected for their large values."""
-        rank = ranks(candidates.value_range()).masked_fill(protected, _EXCLUDED)
+        """Mask [N, Hkv, C] of the entries that are protected for their large values, or at random."""
+        at_random = self.config.measure == "random"
+        size = candidates.noise.uniform(candidates.positions) if at_random else candidates.value_size(self.config.measure)
+        rank = ranks(size).masked_fill(protected, _EXCLUDED)
         counts = [min(self.large, self.keep - first) for first in prefix]  # the protected set never exceeds `keep`
         mask = torch.zeros_like(protected)
         if len(set(counts)) == 1:

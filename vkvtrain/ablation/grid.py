@@ -7,13 +7,12 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import yaml
 from pydantic import Field, field_validator, model_validator
 
 from vkvtrain.config import EvictionConfig, Settings, nearest
-from vkvtrain.policies import POLICIES
 
 BASE, DENSE = "base", "dense"
 """Names of the untrained model and of the adapter that was trained on the same data and steps without eviction."""
@@ -48,6 +47,10 @@ class PolicyEntry(Settings):
     """Keep the prompt."""
     protected_fraction: float | None = None
     """Share of the budget that is protected as sinks or large values; None is the policy's own."""
+    measure: Literal["range", "variance", "l2", "random"] = "range"
+    """What makes a value large."""
+    retention: Literal["sampled", "top_k"] | None = None
+    """Whether the unprotected are sampled in proportion to their scores, or the highest kept; None is the policy's own."""
     policy_args: dict[str, Any] = Field(default_factory=dict)
     """The policy's own parameters."""
     sinks: int | None = None
@@ -66,6 +69,8 @@ class PolicyEntry(Settings):
             for name, value in (("protected", self.protected_fraction), ("sinks", self.sinks))
             if value is not None
         ]
+        given += [] if self.measure == "range" else [f"by {self.measure}"]
+        given += [] if self.retention is None else [self.retention]
         given += [] if self.smooth else ["not smoothed"]
         given += [f"layers {','.join(map(str, self.skip_layers))} kept"] if self.skip_layers else []
         return self.policy + " + prompt" * self.protect_prompt + (f" ({', '.join(given)})" if given else "")
@@ -264,12 +269,6 @@ class Cell:
         return f"{self.task.task}: {self.model}, {self.label}{budget}{seed}"
 
 
-def draws(config: EvictionConfig) -> bool:
-    """Whether the eviction setting uses its seed."""
-    policy = POLICIES[config.policy]
-    return policy.samples or policy.needs_noise
-
-
 def without_repeats(cells: Sequence[Cell], sampled: Mapping[str, bool]) -> list[Cell]:
     """The cells to run: one for all seeds where neither the policy nor the task's generation draws anything.
 
@@ -279,7 +278,7 @@ def without_repeats(cells: Sequence[Cell], sampled: Mapping[str, bool]) -> list[
     """
     kept: dict[tuple[Any, ...], Cell] = {}
     for cell in cells:
-        if not (draws(cell.config) or sampled[cell.task.task]):
+        if not (cell.config.draws or sampled[cell.task.task]):
             cell = replace(cell, seed=None, config=cell.config.model_copy(update={"seed": 0}))
         kept.setdefault((cell.model, cell.label, cell.config.budget, cell.task.task, cell.seed), cell)
     return list(kept.values())

@@ -48,6 +48,10 @@ class Arguments:
     """First positions, always kept."""
     protected_fraction: float | None = None
     """Share of the budget that is protected as sinks or large values. Default: the policy's own."""
+    measure: Literal["range", "variance", "l2", "random"] = "range"
+    """What makes a value large."""
+    retention: Literal["sampled", "top_k"] | None = None
+    """Whether the unprotected are sampled by their scores, or the highest kept. Default: the policy's own."""
     protect_prompt: bool = False
     """Keep the prompt."""
     policy_args: str = "{}"
@@ -72,9 +76,8 @@ def configs(arguments: Arguments, budget: int) -> list[EvictionConfig]:
         policy_args = json.loads(arguments.policy_args)
     except json.JSONDecodeError as error:
         raise ValueError(f"--policy-args {arguments.policy_args!r} is not JSON: {error}") from None
-    shared = {
-        name: getattr(arguments, name) for name in ("window", "sinks", "protected_fraction", "protect_prompt", "seed")
-    }
+    names = ("window", "sinks", "protected_fraction", "measure", "retention", "protect_prompt", "seed")
+    shared = {name: getattr(arguments, name) for name in names}
     found = [EvictionConfig(**shared, policy=arguments.policy, budget=budget, policy_args=policy_args)]
     if arguments.compare is not None:
         found.append(EvictionConfig(**shared, policy=arguments.compare, budget=budget))

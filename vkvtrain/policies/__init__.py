@@ -7,7 +7,7 @@ import difflib
 import importlib
 import pkgutil
 
-from vkvtrain.policies.base import POLICIES, Candidates, Policy, round_mantissa, value_range, window_attention
+from vkvtrain.policies.base import MEASURES, POLICIES, Candidates, Policy, round_mantissa, value_size, window_attention
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
@@ -22,4 +22,6 @@ def get_policy(name: str) -> type[Policy]:
     return POLICIES[name]
 
 
-__all__ = ["POLICIES", "Candidates", "Policy", "get_policy", "round_mantissa", "value_range", "window_attention"]
+__all__ = [
+    "MEASURES", "POLICIES", "Candidates", "Policy", "get_policy", "round_mantissa", "value_size", "window_attention",
+]  # fmt: skip

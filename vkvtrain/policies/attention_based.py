@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vkvtrain.policies.base import Candidates, Policy, register, window_attention
+from vkvtrain.policies.base import Candidates, Policy, register, round_beside, window_attention
 
 
 @register("snapkv")
@@ -17,6 +17,7 @@ class SnapKV(Policy):
     needs_queries: ClassVar[bool] = True
     needs_keys: ClassVar[bool] = True
     only_window_attention: ClassVar[bool] = True
+    has_weights: ClassVar[bool] = True
 
     def score(self, candidates: Candidates, smooth: bool) -> Tensor:
         return window_attention(candidates, smooth)
@@ -43,6 +44,7 @@ class Tova(Policy):
     needs_queries: ClassVar[bool] = True
     needs_keys: ClassVar[bool] = True
     needs_window_keys: ClassVar[bool] = True
+    has_weights: ClassVar[bool] = True
 
     def score(self, candidates: Candidates, smooth: bool) -> Tensor:
         assert candidates.queries is not None
@@ -69,6 +71,7 @@ class H2O(Policy):
     """
 
     needs_mass: ClassVar[bool] = True
+    has_weights: ClassVar[bool] = True
 
     def score(self, candidates: Candidates, smooth: bool) -> Tensor:
         assert candidates.mass is not None
@@ -81,18 +84,21 @@ class Caote(Policy):
     """Keep what changes the attention output the most when it goes (CAOTE, arXiv 2504.14051).
 
     Score: `alpha / (1 - alpha) * |o - v|_2` with alpha the window attention normalised over the candidates and
-    `o = sum alpha v`.
+    `o = sum alpha v`. The distance is rounded to ten bits of the values' size, so that equal values have none.
     """
 
     needs_queries: ClassVar[bool] = True
     needs_keys: ClassVar[bool] = True
     needs_values: ClassVar[bool] = True
     only_window_attention: ClassVar[bool] = True
+    has_weights: ClassVar[bool] = True
 
     def score(self, candidates: Candidates, smooth: bool) -> Tensor:
         assert candidates.values is not None
         attention = window_attention(candidates, smooth)
         alpha = attention / attention.sum(-1, keepdim=True)
         output = torch.matmul(alpha[..., None, :], candidates.values)
-        error = alpha / (1 - alpha) * (output - candidates.values).norm(dim=-1)
+        norms = candidates.values.norm(dim=-1)
+        size = torch.maximum(norms, (alpha * norms).sum(-1, keepdim=True))
+        error = alpha / (1 - alpha) * round_beside((output - candidates.values).norm(dim=-1), size)
         return torch.where(alpha < 1, error, torch.inf)  # alone it is the whole output

@@ -4,8 +4,8 @@ Shapes: N sequences, Hq query heads, Hkv KV heads (Hq a multiple of Hkv), R wind
 dimension.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -31,7 +31,7 @@ class Candidates:
         softcap: bound c of the attention logits, `c * tanh(l / c)`, where the model has one.
         attention: `window_attention` before smoothing [N, Hkv, C], where a training pass has it from its own logits:
             for policies that declare `only_window_attention`, then without queries and keys.
-        ranges: `value_range` of each candidate, rounded [N, Hkv, C], where it is known already.
+        value_sizes: `value_size` of each candidate by measure, rounded [N, Hkv, C], where it is known already.
     """
 
     positions: Tensor
@@ -44,14 +44,14 @@ class Candidates:
     mass: Tensor | None = None
     softcap: float | None = None
     attention: Tensor | None = None
-    ranges: Tensor | None = None
+    value_sizes: Mapping[str, Tensor] = field(default_factory=dict)
 
-    def value_range(self) -> Tensor:
-        """Value ranges of the candidates, rounded, [N, Hkv, C]."""
-        if self.ranges is not None:
-            return self.ranges
+    def value_size(self, measure: str) -> Tensor:
+        """How large the candidates' values are by a measure (see `MEASURES`), rounded, [N, Hkv, C]."""
+        if measure in self.value_sizes:
+            return self.value_sizes[measure]
         assert self.values is not None
-        return round_mantissa(value_range(self.values))
+        return value_size(self.values, measure)
 
     def logits(self, queries: Tensor, keys: Tensor) -> Tensor:
         """Attention logits of every query head, [N, Hkv, Hq / Hkv, Q, K].
@@ -79,10 +79,14 @@ class Policy:
     needs_window_keys: ClassVar[bool] = False
     needs_mass: ClassVar[bool] = False
     """Attention accumulated over every query so far: costs a pass over all queries, the prompt's included."""
+    measures: ClassVar[tuple[str, ...]] = ()
+    """Measures of the values' size that the score is made of: `candidates.value_size`, without the values themselves."""
     only_window_attention: ClassVar[bool] = False
     """Queries and keys are needed for `window_attention` and nothing else."""
     samples: ClassVar[bool] = False
     """Scores are weights of sampling without replacement, else the highest scores are kept."""
+    has_weights: ClassVar[bool] = False
+    """Scores are >= 0 and differ: they can be sampled by or the highest kept, whatever the setting `retention` says."""
     needs_noise: ClassVar[bool] = False
     """Scores themselves are drawn: they read `candidates.noise`."""
     scores_single_tokens: ClassVar[bool] = False
@@ -94,7 +98,7 @@ class Policy:
     keeps_everything: ClassVar[bool] = False
 
     def score(self, candidates: Candidates, smooth: bool) -> Tensor:
-        """Scores [N, Hkv, C], higher is kept; weights >= 0 where the policy samples."""
+        """Scores [N, Hkv, C], higher is kept; weights >= 0 where they may be sampled by."""
         raise TypeError(f"{type(self).__name__} scores nothing")
 
 
@@ -132,6 +136,43 @@ def window_attention(candidates: Candidates, smooth: bool) -> Tensor:
 def value_range(values: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """`max_d v - min_d v` of each entry in `dtype` (its own): VaSE's measure of a large value. [..., D] -> [...]."""
     return values.amax(-1).to(dtype or values.dtype) - values.amin(-1).to(dtype or values.dtype)
+
+
+def value_variance(values: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Variance of each entry over the head dimension, divided by D, in `dtype` (its own). [..., D] -> [...]."""
+    return values.to(dtype or values.dtype).var(-1, unbiased=False)
+
+
+def value_norm(values: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Euclidean norm of each entry in `dtype` (its own). [..., D] -> [...]."""
+    return torch.linalg.vector_norm(values.to(dtype or values.dtype), dim=-1)
+
+
+MEASURES: dict[str, Callable[[Tensor, torch.dtype | None], Tensor]] = {
+    "range": value_range, "variance": value_variance, "l2": value_norm,
+}  # fmt: skip
+"""Measures of the size of a value; the setting `measure` names one of them, or `random`."""
+
+
+def value_size(values: Tensor, measure: str, dtype: torch.dtype | None = None) -> Tensor:
+    """How large each entry is by a measure, computed in `dtype` (its own) and rounded for comparison.
+
+    Args:
+        values: [..., D].
+        measure: one of `MEASURES`.
+        dtype: of the result, [...].
+    """
+    return round_mantissa(MEASURES[measure](values, dtype))
+
+
+def round_beside(x: Tensor, size: Tensor, bits: int = 10) -> Tensor:
+    """`x` rounded, half to even, to the last bit that a number as large as `size` keeps of `bits` explicit mantissa bits.
+
+    A difference of equal tokens is nothing but rounding; rounded beside the tokens' own size, it is zero.
+    """
+    exponent = torch.frexp(size).exponent.clamp(min=-100)
+    last_bit = torch.exp2((exponent - (bits + 1)).to(x.dtype))
+    return torch.round(x / last_bit) * last_bit
 
 
 def round_mantissa(x: Tensor, bits: int = 10) -> Tensor:

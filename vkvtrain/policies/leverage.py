@@ -23,6 +23,7 @@ class CurDKV(Policy):
     needs_keys: ClassVar[bool] = True
     needs_values: ClassVar[bool] = True
     needs_noise: ClassVar[bool] = True
+    has_weights: ClassVar[bool] = True
     scores_single_tokens: ClassVar[bool] = True
     fresh_projection: ClassVar[bool] = False
 

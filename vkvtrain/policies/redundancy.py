@@ -18,14 +18,15 @@ def redundancy(keys: Tensor, threshold: float | None) -> Tensor:
     Args:
         keys: [N, Hkv, n, D].
         threshold: in each key's row of cosines the newest one above it is set to zero, so that the newest of several
-            near-duplicates is not counted as redundant; None: no such exemption.
+            near-duplicates is not counted as redundant (where none is above, the oldest key's is set to zero, as in the
+            official code); None: no such exemption.
     """
     unit = keys / (keys.norm(dim=-1, keepdim=True) + 1e-8)
     cosine = torch.matmul(unit, unit.transpose(-1, -2))
     cosine.diagonal(dim1=-2, dim2=-1).zero_()
     if threshold is not None:
         slots = torch.arange(keys.shape[2], device=keys.device)
-        newest = torch.where(cosine > threshold, slots, -1).amax(-1, keepdim=True)
+        newest = torch.where(cosine > threshold, slots, 0).amax(-1, keepdim=True)
         cosine = cosine.masked_fill(slots == newest, 0.0)
     return cosine.mean(-2).softmax(-1)
 
@@ -58,19 +59,31 @@ class RKV(Policy):
         logits = candidates.logits(candidates.queries[:, :, -_QUERIES:], candidates.keys).amax(2)
         return torch.nn.functional.max_pool1d(logits.softmax(-1).mean(2), _POOL, stride=1, padding=_POOL // 2)
 
+    def compared_keys(self, candidates: Candidates) -> Tensor:
+        """Keys among which S is measured, the candidates' first, [N, Hkv, n, D]."""
+        return candidates.all_keys()
+
     def score(self, candidates: Candidates, smooth: bool) -> Tensor:
         importance = self.importance(candidates, smooth)
-        repeated = redundancy(candidates.all_keys(), self.threshold)[..., : importance.shape[-1]]
+        repeated = redundancy(self.compared_keys(candidates), self.threshold)[..., : importance.shape[-1]]
         return self.lam * importance - (1 - self.lam) * repeated
 
 
 @register("rkv_vase")
 @dataclass(frozen=True)
 class RKVVase(RKV):
-    """The simplified R-KV of VaSE's tables: window attention for I, no exemption (VaSE, arXiv 2606.03928)."""
+    """The simplified R-KV of VaSE's tables: window attention for I, no exemption (VaSE, arXiv 2606.03928).
+
+    S: `redundancy` among the candidates only; the window's keys are not looked at.
+    """
 
     lam: float = 0.5
+    needs_window_keys: ClassVar[bool] = False
     threshold: ClassVar[float | None] = None
 
     def importance(self, candidates: Candidates, smooth: bool) -> Tensor:
         return window_attention(candidates, smooth)
+
+    def compared_keys(self, candidates: Candidates) -> Tensor:
+        assert candidates.keys is not None
+        return candidates.keys

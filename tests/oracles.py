@@ -147,7 +147,7 @@ def caote(event: Event, kv_head: int) -> Array:
     attention = window_attention(event, kv_head)
     alpha = attention / attention.sum()
     output = sum(weight * value for weight, value in zip(alpha, event.values[kv_head], strict=True))
-    mean_norm = sum(weight * math.sqrt(value @ value) for weight, value in zip(alpha, event.values[kv_head], strict=True))
+    mean_norm = float(alpha @ value_norm(event.values[kv_head]))
     return np.array(
         [
             math.inf if weight >= 1 else weight / (1 - weight) * distance(output, value, mean_norm)

@@ -33,14 +33,20 @@ BAD = {
         ["measure 'l2' has no value to protect", "= 0", "sinks (4)", "raise protected_fraction"],
     ),
     "measure of sinks only": (
-        {"budget": 128, "measure": "random", "sinks": 40}, ["measure 'random'", "= 32", "no more than sinks (40)"]
+        {"budget": 128, "measure": "random", "sinks": 40},
+        ["measure 'random'", "= 32", "not more than sinks (40)"],
     ),
     "sampled without weights": (
-        {"budget": 128, "policy": "rkv", "retention": "sampled"}, ["policy 'rkv' are no weights", "snapkv", "h2o"]
+        {"budget": 128, "policy": "rkv", "retention": "sampled"},
+        ["policy 'rkv' are no weights", "snapkv", "h2o"],
     ),
-    "streaming sampled": ({"budget": 128, "policy": "streaming", "retention": "sampled"}, ["'streaming'", "no weights"]),
+    "streaming sampled": (
+        {"budget": 128, "policy": "streaming", "retention": "sampled"},
+        ["'streaming'", "no weights"],
+    ),
     "highest of equal weights": (
-        {"budget": 128, "policy": "random", "retention": "top_k"}, ["weights of policy 'random' are all equal"]
+        {"budget": 128, "policy": "random", "retention": "top_k"},
+        ["weights of policy 'random' are all equal"],
     ),
     "fraction": ({"budget": 128, "protected_fraction": 1.5}, ["'protected_fraction'", "less than or equal to 1"]),
     "type": ({"budget": "many"}, ["'budget'", "integer", "'many'"]),

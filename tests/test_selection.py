@@ -198,7 +198,7 @@ def test_random_protection_is_uniform_and_independent_of_the_sampling(policy):
 
 
 def test_retention_is_a_choice_where_scores_are_weights():
-    """SnapKV sampled is VaSE's policy without protection, and VaSE's with the highest kept is SnapKV with protection."""
+    """SnapKV sampled is VaSE's policy unprotected, and VaSE's with the highest kept is SnapKV with protection."""
     found = candidates(40, rows=30, heads=4, kv_heads=2)
     shared = {"budget": 24, "window": 4, "sinks": 2}
 

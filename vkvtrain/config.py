@@ -70,7 +70,7 @@ class EvictionConfig(Settings):
     measure: Literal["range", "variance", "l2", "random"] = "range"
     """What makes a value large: range, variance or Euclidean norm over the head dimension; `random` protects any."""
     retention: Literal["sampled", "top_k"] | None = None
-    """Whether the unprotected are sampled in proportion to their scores, or the highest kept; None is the policy's own."""
+    """Whether the unprotected are sampled in proportion to their scores or the highest kept; None: the policy's own."""
     smooth: bool = True
     """Average-pool the window attention over five neighbours."""
     policy_args: dict[str, Any] = Field(default_factory=dict)
@@ -111,8 +111,9 @@ class EvictionConfig(Settings):
         self._check_retention(policy)
         if self.measure != "range" and not self.large_values:
             raise ValueError(
-                f"measure {self.measure!r} has no value to protect: floor(protected_fraction * budget) = "
-                f"{self._protected} is no more than sinks ({self.sinks}); raise protected_fraction, or leave measure out"
+                f"measure {self.measure!r} has no value to protect, as floor(protected_fraction * budget) = "
+                f"{self._protected} is not more than sinks ({self.sinks}): raise protected_fraction, or leave measure "
+                "out"
             )
         return self
 
@@ -121,13 +122,13 @@ class EvictionConfig(Settings):
             return
         if policy.samples:
             raise ValueError(
-                f"retention 'top_k': the weights of policy {self.policy!r} are all equal, so none is the highest; leave "
-                "retention out"
+                f"retention 'top_k': the weights of policy {self.policy!r} are all equal, so none is the highest: "
+                "leave retention out"
             )
         weighted = ", ".join(name for name, other in POLICIES.items() if other.has_weights)
         raise ValueError(
-            f"retention 'sampled': the scores of policy {self.policy!r} are no weights to sample by; leave retention out, "
-            f"or use one of {weighted}"
+            f"retention 'sampled': the scores of policy {self.policy!r} are no weights to sample by: leave retention "
+            f"out, or use one of {weighted}"
         )
 
     @property

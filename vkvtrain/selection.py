@@ -14,7 +14,7 @@ from vkvtrain.config import EvictionConfig
 from vkvtrain.policies import Candidates, round_mantissa
 
 _TIED = 64
-"""Ranks (units in the last place of a float32) within which attention scores tie: twice what the passes' rounding is."""
+"""Ranks (units in the last place of a float32) within which attention scores tie; rounding moves them by about ten."""
 _PROTECTED = 0x7FFFFFFF
 """Rank above that of any float32."""
 _EXCLUDED = -0x80000000
@@ -121,8 +121,8 @@ class Selector:
 
     def _large_values(self, candidates: Candidates, protected: Tensor, prefix: Sequence[int]) -> Tensor:
         """Mask [N, Hkv, C] of the entries that are protected for their large values, or at random."""
-        at_random = self.config.measure == "random"
-        size = candidates.noise.uniform(candidates.positions) if at_random else candidates.value_size(self.config.measure)
+        noise, measure = candidates.noise, self.config.measure
+        size = noise.uniform(candidates.positions) if measure == "random" else candidates.value_size(measure)
         rank = ranks(size).masked_fill(protected, _EXCLUDED)
         counts = [min(self.large, self.keep - first) for first in prefix]  # the protected set never exceeds `keep`
         mask = torch.zeros_like(protected)

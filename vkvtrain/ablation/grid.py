@@ -50,7 +50,7 @@ class PolicyEntry(Settings):
     measure: Literal["range", "variance", "l2", "random"] = "range"
     """What makes a value large."""
     retention: Literal["sampled", "top_k"] | None = None
-    """Whether the unprotected are sampled in proportion to their scores, or the highest kept; None is the policy's own."""
+    """Whether the unprotected are sampled in proportion to their scores or the highest kept; None: the policy's own."""
     policy_args: dict[str, Any] = Field(default_factory=dict)
     """The policy's own parameters."""
     sinks: int | None = None

@@ -80,7 +80,7 @@ class Policy:
     needs_mass: ClassVar[bool] = False
     """Attention accumulated over every query so far: costs a pass over all queries, the prompt's included."""
     measures: ClassVar[tuple[str, ...]] = ()
-    """Measures of the values' size that the score is made of: `candidates.value_size`, without the values themselves."""
+    """Measures of the values' size that the score reads (`candidates.value_size`), without the values themselves."""
     only_window_attention: ClassVar[bool] = False
     """Queries and keys are needed for `window_attention` and nothing else."""
     samples: ClassVar[bool] = False
@@ -166,7 +166,7 @@ def value_size(values: Tensor, measure: str, dtype: torch.dtype | None = None) -
 
 
 def round_beside(x: Tensor, size: Tensor, bits: int = 10) -> Tensor:
-    """`x` rounded, half to even, to the last bit that a number as large as `size` keeps of `bits` explicit mantissa bits.
+    """`x` rounded, half to even, to the last of `bits` explicit mantissa bits of a number as large as `size`.
 
     A difference of equal tokens is nothing but rounding; rounded beside the tokens' own size, it is zero.
     """

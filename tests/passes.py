@@ -1,11 +1,12 @@
 """Tiny models, and the passes that parity tests compare: simulated, decoded token by token, and replayed."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from typing import Any
 
 import torch
 from families import tiny_family
 from torch import Tensor
+from transformers import AttentionInterface
 
 from vkvtrain import EvictionCache, EvictionConfig, simulated_eviction
 
@@ -79,6 +80,40 @@ def decode(
                     layer: cache.positions(layer, i) for layer, kind in enumerate(cache.kinds) if kind.evicts
                 }
     return [torch.cat(parts) for parts in logits], held, cache
+
+
+def replayed(
+    model: Any, config: EvictionConfig, rows: Sequence[Sequence[int]], prompts: Sequence[int],
+    edit: Callable[[Tensor], Tensor] = Tensor.clone, edited: Container[str] = ("query", "key", "value"),
+) -> Iterator[tuple[list[list[int]], list[list[int]]]]:  # fmt: skip
+    """What simulation and cache hold after each token, given the very same queries, keys and values, layer by layer.
+
+    Args:
+        edit: changes what attention is called with, [B, heads, S, D], in both passes.
+        edited: which of its tensors.
+    """
+    captured = {}
+    ours = AttentionInterface()["vkvtrain"]
+
+    def capture(module, query, key, value, attention_mask, **kwargs):
+        tensors = {"query": query, "key": key, "value": value}
+        tensors = {name: edit(tensor) if name in edited else tensor for name, tensor in tensors.items()}
+        captured[module.layer_idx] = module, tensors, kwargs["scaling"]
+        return ours(module, **tensors, attention_mask=attention_mask, **kwargs)
+
+    AttentionInterface.register("capture", capture)
+    ids, mask = right_padded(rows)
+    with torch.no_grad(), simulated_eviction(model, config, prompts, range(len(rows))) as trace:
+        model.config._attn_implementation = "capture"  # after the block has checked it
+        model(input_ids=ids, attention_mask=mask)
+    model.config._attn_implementation = "vkvtrain"
+    for layer, (module, tensors, scaling) in captured.items():
+        for row, prompt in enumerate(prompts):
+            cache = EvictionCache(config, model.config, [row])
+            for start, end in [(0, prompt), *((i, i + 1) for i in range(prompt, len(rows[row])))]:
+                query, key, value = (tensors[name][row : row + 1, :, start:end] for name in ("query", "key", "value"))
+                ours(module, query, *cache.update(key, value, layer), None, scaling=scaling)
+                yield held_at(trace.evict_at[layer], row, end), cache.positions(layer, 0).tolist()
 
 
 def held_at(evict_at: Tensor, row: int, seen: int) -> list[list[int]]:

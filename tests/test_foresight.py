@@ -36,11 +36,14 @@ def test_which_settings_look_at_no_data():
     for policy in FORESEEN:
         assert not is_data_independent(policy, protected_fraction=0.25)
         assert is_data_independent(policy, protected_fraction=0.125)
+        assert is_data_independent(policy, protected_fraction=0.25, measure="random")
     for policy in ("snapkv", "h2o", "knorm", "keydiff", "evict_large", "full"):
         assert not is_data_independent(policy, protected_fraction=0.0)
     config = EvictionConfig(policy="streaming", budget=16, window=4, sinks=2)
     assert Selector(config).keeps_newest
     assert not Selector(config.model_copy(update={"protected_fraction": 0.25})).keeps_newest
+    at_random = config.model_copy(update={"protected_fraction": 0.25, "measure": "random"})
+    assert not Selector(at_random).keeps_newest
     assert not Selector(config.model_copy(update={"policy": "random"})).keeps_newest
 
 
@@ -54,6 +57,9 @@ def passes(draw):
         sinks=draw(st.integers(0, min(4, budget - window - 1))), protect_prompt=draw(st.booleans()),
         protected_fraction=draw(st.sampled_from([None, 0.0])), seed=draw(st.integers(0, 99)),
     )  # fmt: skip
+    at_random = config.model_copy(update={"protected_fraction": 0.5, "measure": "random"})
+    if at_random.large_values and draw(st.booleans()):
+        config = at_random
     lengths = draw(st.lists(st.integers(1, 90), min_size=1, max_size=4))
     prompts = []
     for length in lengths:

@@ -31,6 +31,8 @@ SENSIBLE = {
     "window": st.integers(-2, 70),
     "sinks": st.integers(-2, 70),
     "protected_fraction": st.none() | st.floats(-0.5, 1.5),
+    "measure": st.sampled_from(["range", "variance", "l2", "random", "L2"]),
+    "retention": st.none() | st.sampled_from(["sampled", "top_k", "top"]),
     "policy_args": st.dictionaries(st.sampled_from(["rank", "lam", "x"]), JSON, max_size=2),
 }
 

@@ -71,7 +71,7 @@ def cases(draw):
     policy = draw(st.sampled_from(EVICTING))
     window = draw(st.integers(1, 10))
     budget = window * draw(st.integers(2, 4))
-    own = {"rkv": {"lam": 0.4}, "vase_dkv": {"rank": 5}, "nexus": {"lam": 2}}
+    own = {"rkv": {"lam": 0.4}, "vase_dkv": {"rank": 5}, "nexus": {"lam": 0.9}}
     arguments = own.get(policy, {}) if draw(st.booleans()) else {}
     config = EvictionConfig(
         policy=policy, budget=budget, window=window, sinks=draw(st.integers(0, min(4, budget - window - 1))),

@@ -29,7 +29,7 @@ class Nexus(Policy):
     """
 
     lam: float = 0.5
-    """Weight of the walk beside the window attention, from 0."""
+    """Weight of the walk beside the window attention, 0 to 1."""
 
     needs_queries: ClassVar[bool] = True
     needs_keys: ClassVar[bool] = True
@@ -37,8 +37,8 @@ class Nexus(Policy):
     has_weights: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not isinstance(self.lam, (int, float)) or isinstance(self.lam, bool) or not 0 <= self.lam < float("inf"):
-            raise ValueError(f"policy_args: lam must be a number from 0, got {self.lam!r}")
+        if not isinstance(self.lam, (int, float)) or isinstance(self.lam, bool) or not 0 <= self.lam <= 1:
+            raise ValueError(f"policy_args: lam must be a number from 0 to 1, got {self.lam!r}")
 
     def score(self, candidates: Candidates, smooth: bool) -> Tensor:
         assert candidates.queries is not None

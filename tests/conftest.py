@@ -85,4 +85,5 @@ def pytest_runtest_logreport(report):
 def pytest_sessionfinish(session):
     if session.config.getoption("--write-tables"):
         readme_tables.write("policies", readme_tables.policy_table())
+        readme_tables.write("references", readme_tables.reference_table(), readme_tables.POLICIES_PAGE)
         readme_tables.write("families", readme_tables.family_table(_outcomes))

@@ -1,5 +1,5 @@
-"""The README's tables: policies from the registry, families from the outcomes of `test_families.py` (`make tables`),
-versions from pyproject.toml (`make bounds`)."""
+"""The tables of README and docs: policies from the registry, references of the policies from `references.py`, families
+from the outcomes of `test_families.py` (`make tables`), versions from pyproject.toml (`make bounds`)."""
 
 import inspect
 import tomllib
@@ -8,10 +8,12 @@ from pathlib import Path
 
 from families import FAMILIES
 from packaging.requirements import Requirement
+from references import REFERENCES
 
 from vkvtrain.policies import POLICIES
 
 README = Path(__file__).parents[1] / "README.md"
+POLICIES_PAGE = README.parent / "docs" / "policies.md"
 COLUMNS = {
     "parity": "training = decoding",
     "backends": "backends agree",
@@ -39,7 +41,7 @@ def policy_table() -> str:
     for name, policy in POLICIES.items():
         sentence = " ".join(inspect.cleandoc(policy.__doc__ or "").split("\n\n")[0].split())
         needs = [word for flag, word in reads.items() if getattr(policy, flag)]
-        if policy.protected_fraction and "values" not in needs:
+        if (policy.protected_fraction or policy.measures) and "values" not in needs:
             needs.append("values")
         lines.append(row([f"`{name}`", sentence, ", ".join(needs) or "nothing"]))
     return "\n".join(lines)
@@ -62,6 +64,17 @@ def family_table(outcomes: Mapping[tuple[str, str], list[bool]]) -> str:
     return "\n".join(lines)
 
 
+def reference_table() -> str:
+    """A row for each piece of published code, with the setting that keeps what it kept."""
+    lines = [row(["setting of ours", "code", "what was run"]), row(["---"] * 3)]
+    for reference in REFERENCES.values():
+        policy, *rest = reference.setting.items()
+        setting = ", ".join([f"`{policy[1]}`", *(f"`{name}: {value}`" for name, value in rest)])
+        code = f"[{reference.repository}](https://github.com/{reference.repository}) {reference.commit[:7]}"
+        lines.append(row([setting, code, f"`{reference.function}`"]))
+    return "\n".join(lines)
+
+
 def version_table() -> str:
     """A row for each library whose minor releases matter here: the versions that pyproject.toml admits."""
     project = tomllib.loads((README.parent / "pyproject.toml").read_text())["project"]
@@ -76,20 +89,20 @@ def version_table() -> str:
 
 
 def between(text: str, name: str) -> tuple[int, int]:
-    """Where a table lies in the README: after `<!-- name -->`, before `<!-- end of name -->`."""
+    """Where a table lies in a text: after `<!-- name -->`, before `<!-- end of name -->`."""
     start, end = f"<!-- {name} -->\n", f"\n<!-- end of {name} -->"
     return text.index(start) + len(start), text.index(end)
 
 
-def write(name: str, table: str) -> None:
-    """Replace a table in the README."""
-    text = README.read_text()
+def write(name: str, table: str, file: Path = README) -> None:
+    """Replace a table in a file."""
+    text = file.read_text()
     start, end = between(text, name)
-    README.write_text(text[:start] + table + text[end:])
+    file.write_text(text[:start] + table + text[end:])
 
 
-def current(name: str) -> str:
-    """A table as the README has it."""
-    text = README.read_text()
+def current(name: str, file: Path = README) -> str:
+    """A table as a file has it."""
+    text = file.read_text()
     start, end = between(text, name)
     return text[start:end]

@@ -3,7 +3,7 @@
 import re
 
 from families import FAMILIES
-from readme_tables import README, current, policy_table, version_table
+from readme_tables import POLICIES_PAGE, README, current, policy_table, reference_table, version_table
 
 
 def test_the_table_of_policies_is_current():
@@ -12,6 +12,10 @@ def test_the_table_of_policies_is_current():
 
 def test_the_table_of_versions_is_what_pyproject_admits():
     assert current("versions") == version_table(), "run `make bounds`"
+
+
+def test_the_table_of_references_is_current():
+    assert current("references", POLICIES_PAGE) == reference_table(), "run `make tables`"
 
 
 def test_the_table_of_families_names_every_family_and_no_failure():

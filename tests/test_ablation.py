@@ -1,5 +1,6 @@
 """Sweeps: the grid, what is refused before anything runs, and the identity of cells."""
 
+import itertools
 import re
 
 import pytest
@@ -23,6 +24,21 @@ def test_every_shipped_sweep_parses():
     assert files
     for file in files:
         assert list(load_sweep(file).cells())
+
+
+def test_vases_ablation_is_a_sweep():
+    """Every measure with every retention, each under a name of its own; what draws nothing runs once for all seeds."""
+    sweep = load_sweep(ROOT / "eval/sweeps/vase.yaml")
+    protecting = [entry for entry in sweep.policies if entry.policy == "vase_attnv"]
+    combinations = {(entry.measure, entry.retention) for entry in protecting}
+    assert combinations == set(itertools.product(["range", "variance", "l2", "random"], [None, "top_k"]))
+    labels = [entry.label for entry in sweep.policies]
+    assert len(set(labels)) == len(labels) == 10
+    assert {"vase_attnv", "vase_attnv (by l2, top_k)", "vase_attnv (top_k)", "snapkv (sampled)"} <= set(labels)
+    cells = without_repeats(list(sweep.cells()), {"tiny_keyed_sum": False})
+    once = {cell.label for cell in cells if cell.seed is None}
+    assert {"vase_attnv (top_k)", "vase_attnv (by l2, top_k)", "snapkv"} <= once
+    assert not {"vase_attnv", "vase_attnv (by random, top_k)", "snapkv (sampled)"} & once
 
 
 def test_controls_are_part_of_the_grid(tmp_path):

@@ -30,7 +30,7 @@ BAD = {
     "retention": ({"budget": 128, "retention": "top"}, ["'retention'", "'sampled' or 'top_k'", "'top'"]),
     "measure of nothing": (
         {"budget": 128, "policy": "snapkv", "measure": "l2"},
-        ["measure 'l2' has no value to protect", "= 0", "sinks (4)", "raise protected_fraction"],
+        ["measure 'l2': policy 'snapkv' protects no large values", "= 0", "sinks (4)", "raise protected_fraction"],
     ),
     "measure of sinks only": (
         {"budget": 128, "measure": "random", "sinks": 40},

@@ -111,9 +111,9 @@ class EvictionConfig(Settings):
         self._check_retention(policy)
         if self.measure != "range" and not self.large_values:
             raise ValueError(
-                f"measure {self.measure!r}: policy {self.policy!r} protects no large values, as floor(protected_fraction "
-                f"* budget) = {self._protected} is not more than sinks ({self.sinks}): raise protected_fraction, or leave "
-                "measure out"
+                f"measure {self.measure!r}: policy {self.policy!r} protects no large values, as "
+                f"floor(protected_fraction * budget) = {self._protected} is not more than sinks ({self.sinks}): raise "
+                "protected_fraction, or leave measure out"
             )
         return self
 

@@ -72,6 +72,7 @@ class Conversation:
             input_ids=torch.tensor([self.tokens], device=self.model.device),
             attention_mask=torch.ones(1, given, dtype=torch.int64, device=self.model.device),
             past_key_values=self.cache,
+            use_cache=True,
             streamer=streamer,
             **settings,
         )

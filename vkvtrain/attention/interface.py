@@ -21,7 +21,7 @@ from transformers.masking_utils import (
 )
 
 from vkvtrain.attention.simulation import Trace, simulation_of, simulation_of_config
-from vkvtrain.cache import RowLayer, layer_of
+from vkvtrain.cache import RowLayer, layer_of, mask_is_made, refuse_dropped_cache
 from vkvtrain.logits import LogitForm, attend
 from vkvtrain.support import ATTENTION
 
@@ -51,6 +51,8 @@ def attention_forward(
         ([B, Q, Hq, D], None).
     """
     simulation, layer = simulation_of(module), layer_of(key)
+    if layer is None and not torch.compiler.is_compiling():
+        refuse_dropped_cache()
     factor = query.shape[-1] ** -0.5 if scaling is None else scaling
     form = LogitForm(factor, kwargs.get("softcap"), kwargs.get("s_aux"))
     if simulation is None and layer is None:
@@ -69,8 +71,10 @@ def attention_forward(
         raise ValueError("simulated_eviction and EvictionCache exclude each other: use the cache outside the block")
     if layer is not None:
         _refuse_dropout(dropout, "EvictionCache")
-        decode = _decode if isinstance(layer, RowLayer) else type(layer).attend  # a static view's is compiled
-        return decode(layer, query, key, value, attention_mask, form), None
+        if isinstance(layer, RowLayer):
+            layer_arguments = query, key, value, attention_mask, form
+            return _decode(layer, kwargs.get("position_ids"), *layer_arguments), None
+        return type(layer).attend(layer, query, key, value, attention_mask, form), None  # a static view's is compiled
     assert simulation is not None
     _refuse_dropout(dropout, "a simulation")
     index: Any = module.layer_idx
@@ -84,7 +88,8 @@ def _uncompiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 @_uncompiled
-def _decode(layer: RowLayer, *arguments: Any) -> Tensor:
+def _decode(layer: RowLayer, positions: Tensor | None, *arguments: Any) -> Tensor:
+    layer.check(arguments[0], arguments[3], positions)
     return layer.attend(*arguments)
 
 
@@ -105,6 +110,8 @@ def attention_mask(*args: Any, **kwargs: Any) -> Tensor | None:
         ValueError: in a simulation, a mask that two dimensions cannot say: custom patterns, or documents that the
             simulation was not told of.
     """
+    if not torch.compiler.is_compiling():
+        mask_is_made()
     config = kwargs.get("config")
     simulation = None if config is None else simulation_of_config(config)
     if simulation is None:

@@ -7,8 +7,19 @@ on the model.
 
 from vkvtrain.cache.base import RowLayer, layer_of
 from vkvtrain.cache.eviction_cache import EvictionCache
+from vkvtrain.cache.expected import mask_is_made, refuse_dropped_cache
 from vkvtrain.cache.layer import EvictionLayer
 from vkvtrain.cache.sliding import SlidingLayer
 from vkvtrain.cache.static import StaticView, grows
 
-__all__ = ["EvictionCache", "EvictionLayer", "RowLayer", "SlidingLayer", "StaticView", "grows", "layer_of"]
+__all__ = [
+    "EvictionCache",
+    "EvictionLayer",
+    "RowLayer",
+    "SlidingLayer",
+    "StaticView",
+    "grows",
+    "layer_of",
+    "mask_is_made",
+    "refuse_dropped_cache",
+]

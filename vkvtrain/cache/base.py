@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+from vkvtrain.cache.expected import cache_is_written
 from vkvtrain.cache.step import Counters, Step
 from vkvtrain.config import EvictionConfig
 from vkvtrain.logits import LogitForm
@@ -29,17 +30,32 @@ def layer_of(key: Tensor) -> Any:
 
 
 class Shared:
-    """What the layers of a cache have in common. Holds no tensors of a sequence and no layers."""
+    """What the layers of a cache have in common. Holds no tensors of a sequence, no layers and no masks.
 
-    def __init__(self, config: EvictionConfig, streams: Sequence[Stream] | None) -> None:
+    Args:
+        config: the eviction setting.
+        streams: of each prompt; None for 0, 1, ...
+        layers: how many layers run in a forward.
+    """
+
+    def __init__(self, config: EvictionConfig, streams: Sequence[Stream] | None, layers: int) -> None:
         self.config = config
         self.selector = Selector(config) if config.evicts else None
         self.streams = None if streams is None else list(streams)
-        self.awaiting: int | None = None
+        self.layers = layers
         self._index: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
-        self._lengths: list[tuple[Tensor, list[int]]] = []
-        self._unpadded: list[Tensor] = []
+        self.forget()
+
+    def forget(self) -> None:
+        """Forget the sequences."""
+        self.awaiting: int | None = None
+        self.is_resumed = False
+        """Whether the caller has asked, since the last forward, how many tokens the cache has seen."""
+        self.first_positions: list[int] | None = None
+        """Position id of each row's first token, if the model tells position ids."""
+        self._lengths: list[int] | None = None
         self._steps: list[Step] = []
+        self._finished = 0
 
     def index(self, values: Sequence[int], device: torch.device) -> Tensor:
         """Python ints as an int64 tensor; the layers of a step ask for the same ones, which are copied once."""
@@ -51,19 +67,16 @@ class Shared:
         return self._index[wanted]
 
     def row_lengths(self, mask: Tensor | None, rows: int, width: int) -> list[int]:
-        """Tokens of each left-padded row of a prompt, from the last query row of its mask; one transfer a prompt."""
-        if mask is None:
-            return [width] * rows
-        known = next((lengths for other, lengths in self._lengths if other is mask), None)
-        if known is None:
-            seen = mask[:, 0, -1, -width:].bool()
-            if bool((seen[:, :-1] & ~seen[:, 1:]).any()):
+        """Tokens of each left-padded row of a prompt, all layers' alike: its first mask is read, in one transfer."""
+        if self._lengths is None and mask is not None:
+            real = _sees_itself(mask)
+            if bool((real[:, :-1] & ~real[:, 1:]).any()):
                 raise ValueError("EvictionCache needs left-padded prompts: set the tokenizer's padding_side to 'left'")
-            known = seen.sum(-1).expand(rows).tolist()
-            if 0 in known:
-                raise ValueError(f"row {known.index(0)} of the prompt is all padding: give every row a token")
-            self._lengths = [*self._lengths[-1:], (mask, known)]  # of full layers and of sliding ones
-        return known
+            lengths = real.sum(-1).expand(rows).tolist()
+            if 0 in lengths:
+                raise ValueError(f"row {lengths.index(0)} of the prompt is all padding: give every row a token")
+            self._lengths = lengths
+        return [width] * rows if self._lengths is None else self._lengths
 
     def step(self, before: Counters, new: int, device: torch.device, evicts: bool) -> Step:
         """What a forward of `new` tokens a row does; layers that count alike are given the same one."""
@@ -75,13 +88,11 @@ class Shared:
         self._steps = [*self._steps[-3:], step]
         return step
 
-    def refuse_padding(self, mask: Tensor | None, new: int) -> None:
-        """Raise ValueError for padding among tokens that continue a sequence; one transfer for each mask."""
-        if mask is None or any(mask is other for other in self._unpadded):
-            return
-        if not bool(mask[:, 0, -1, -new:].all()):
-            raise ValueError("padding among tokens that continue a sequence: continue rows with equally many tokens")
-        self._unpadded = [*self._unpadded[-1:], mask]  # of full layers and of sliding ones
+    def finish(self) -> None:
+        """A layer has finished a forward; after the last layer nothing of the forward is held."""
+        self._finished += 1
+        if self._finished >= self.layers:
+            self.is_resumed, self._steps, self._finished = False, [], 0
 
     def keys(self, rows: int) -> list[tuple[int, int]]:
         """The Philox key of each row; several rows per stream are repeats of it."""
@@ -93,6 +104,11 @@ class Shared:
         repeats = rows // len(streams)
         named = [stream if repeats == 1 else (stream, repeat) for stream in streams for repeat in range(repeats)]
         return [stream_key(self.config.seed, stream) for stream in named]
+
+
+def _sees_itself(mask: Tensor) -> Tensor:
+    """Which tokens are no padding, bool [rows, q], of a mask [rows, 1, q, q]: under any window a token sees itself."""
+    return mask[:, 0].diagonal(dim1=-2, dim2=-1).bool()
 
 
 class RowLayer(CacheLayerMixin):
@@ -117,6 +133,10 @@ class RowLayer(CacheLayerMixin):
         for name in self.stored:
             setattr(self, name, None)
         self.is_initialized = False
+        self.decoded = False
+        """Whether a token was given alone after the prompt."""
+        self.step: Step | None = None
+        """What is under way, from `update` to the end of `attend`."""
         self.columns = 0
         self.counters = Counters.of_prompts([])
 
@@ -155,7 +175,40 @@ class RowLayer(CacheLayerMixin):
                     "or call cache.reset(streams=...) to start afresh"
                 )
             keys, values = self.append(key_states, value_states)
+        cache_is_written()
         return carry(keys, self), values
+
+    def check(self, query: Tensor, mask: Tensor | None, positions: Tensor | None) -> None:
+        """Raise ValueError unless the tokens just given to `update` are a prompt or continue the rows.
+
+        One transfer a prompt and a chunk; none for a token of a decoding loop.
+
+        Args:
+            query: [rows, Hq, q, D].
+            mask: as for `attend`.
+            positions: position ids of the tokens, int64 [rows or 1, q]; None where the model does not tell them.
+        """
+        shared, (rows, _, new, _) = self.shared, query.shape
+        shared.awaiting = None
+        tells = positions is not None and positions.dim() == 2
+        if self.step is None:
+            if tells and shared.first_positions is None:
+                newest = positions[:, -1].expand(rows).tolist()
+                lengths = shared.row_lengths(mask, rows, new)
+                shared.first_positions = [last + 1 - length for last, length in zip(newest, lengths, strict=True)]
+            return
+        if self.step.is_checked:
+            return
+        if mask is not None and not bool(_sees_itself(mask).all()):
+            raise ValueError("padding among tokens that continue a sequence: continue rows with equally many tokens")
+        if tells and shared.first_positions is not None and (new > 1 or shared.is_resumed):
+            _check_positions(positions.expand(rows, new), shared.first_positions, self.step.before.seen)
+        if new > 1 and not (self.decoded or shared.is_resumed):
+            raise ValueError(
+                "EvictionCache was given a second chunk before any token was decoded: pass the whole prompt at once "
+                "(prefill_chunk_size is not supported)"
+            )
+        self.step.is_checked = True
 
     def reorder_cache(self, beam_idx: Tensor) -> NoReturn:
         raise ValueError("beam search does not work with EvictionCache: use num_beams=1")
@@ -190,6 +243,8 @@ class RowLayer(CacheLayerMixin):
         """Count a step whose tokens are stored and attended."""
         self.columns += step.new
         self.counters = step.after
+        self.decoded = self.decoded or step.new == 1
+        self.shared.finish()
 
     @abstractmethod
     def held_bytes(self, row: int) -> tuple[int, int]:
@@ -214,6 +269,7 @@ class RowLayer(CacheLayerMixin):
             setattr(self, name, None if tensors[0] is None else torch.cat(tensors))
         self.counters = Counters.join([source.counters for source in sources])
         self.columns = max(source.columns for source in sources)
+        self.decoded = any(source.decoded for source in sources)
         self.is_initialized = True
 
     def replace_row(self, row: int, source: "RowLayer") -> None:
@@ -231,3 +287,30 @@ class RowLayer(CacheLayerMixin):
             if tensor is not None:
                 setattr(self, name, tensor[self.shared.index(rows, tensor.device)])
         self.counters = self.counters.keep(rows)
+
+
+def _check_positions(positions: Tensor, first: Sequence[int], seen: Sequence[int]) -> None:
+    """Raise ValueError unless rows that have seen so many tokens go on where they were.
+
+    Args:
+        positions: position ids of the new tokens, int64 [rows, q].
+        first: position id of each row's first token.
+        seen: tokens of each row before.
+    """
+    for row, (start, end) in enumerate(positions[:, [0, -1]].tolist()):
+        expected = first[row] + seen[row]
+        if (start, end) == (expected, expected + positions.shape[1] - 1):
+            continue
+        given = (
+            f"this EvictionCache has seen {seen[row]} tokens of row {row}, so that position {expected} is next, and was "
+            f"given {start} to {end}"
+        )
+        if start == first[row] and end >= expected:
+            raise ValueError(
+                f"{given}, every token again: set use_cache=True, which generate takes from its arguments, its "
+                "generation_config or the model's config; for another prompt call cache.reset(), or make a new one"
+            )
+        raise ValueError(
+            f"{given}: a used cache is continued by the whole sequence so far and more; for another prompt call "
+            "cache.reset(), or make a new one"
+        )

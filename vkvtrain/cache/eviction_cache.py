@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from vkvtrain.cache.base import RowLayer, Shared
+from vkvtrain.cache.expected import expect
 from vkvtrain.cache.layer import EvictionLayer, evict
 from vkvtrain.cache.sliding import SlidingLayer
 from vkvtrain.cache.step import Step
@@ -36,7 +37,7 @@ class EvictionCache(Cache):
     def __init__(self, config: EvictionConfig, model_config: Any, streams: Sequence[Stream] | None = None) -> None:
         check_attention(model_config.get_text_config(decoder=True), "EvictionCache")
         self.kinds = layer_kinds(model_config, config)
-        self._shared = Shared(config, _checked_streams(config, streams))
+        self._shared = Shared(config, _checked_streams(config, streams), len(self.kinds))
         super().__init__(layers=[self._make_layer(index, kind) for index, kind in enumerate(self.kinds)])
         self.config = config
 
@@ -57,6 +58,27 @@ class EvictionCache(Cache):
             )
         self._shared.awaiting = layer_idx
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens seen, padding columns included. Whoever asks is taken to go on from there: see `RowLayer.check`."""
+        self._shared.is_resumed = True
+        return self.layers[layer_idx].get_seq_length()
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        """The same, as mask functions ask for it in every forward."""
+        return self.layers[layer_idx].get_seq_length()
+
+    @torch.compiler.disable
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        """(width, offset) of the masks that transformers makes; a forward asks before its layers run."""
+        if query_length == 0:
+            raise ValueError(
+                f"this EvictionCache has seen {self.layers[layer_idx].get_seq_length()} tokens, and the prompt has no "
+                "more than these: a used cache is continued by the whole sequence so far and more; for another prompt "
+                "call cache.reset(), or make a new one"
+            )
+        expect(self)
+        return self.layers[layer_idx].get_mask_sizes(query_length)
 
     def positions(self, layer: int, row: int) -> Tensor:
         """Logical positions that a layer holds of a row, int64 [Hkv, n], ascending.
@@ -103,7 +125,7 @@ class EvictionCache(Cache):
         """Forget the sequences; `streams` names the next ones (default: the same as before)."""
         for layer in self.row_layers:
             layer.reset()
-        self._shared.awaiting = None
+        self._shared.forget()
         if streams is not None:
             self._shared.streams = _checked_streams(self.config, streams)
 

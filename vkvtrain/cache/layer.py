@@ -41,9 +41,6 @@ class EvictionLayer(RowLayer):
         """Accumulated attention of each entry, [rows, Hkv, capacity], for the policies that need it."""
         self.philox: Tensor | None = None
         """Words of the rows' Philox keys, int64 [rows, 2]."""
-        self.decoded = False
-        self.step: Step | None = None
-        """What is under way, from `update` to the end of `attend`."""
         self.form: LogitForm | None = None
         """The form of the layer's attention."""
         self.is_fixed = False
@@ -60,7 +57,6 @@ class EvictionLayer(RowLayer):
             out = attend(query, key, value, form, mask, is_causal=mask is None)
             self._take_prompt(query, key, value, mask, form)
             return out.transpose(1, 2)
-        self.shared.refuse_padding(mask, new)
         assert self.step is not None
         step, self.step = self.step, None
         out = attend(query, key, value, form, step.visible)
@@ -72,10 +68,6 @@ class EvictionLayer(RowLayer):
         self.finish(step)
         evict([self], step)
         return out.transpose(1, 2)
-
-    def finish(self, step: Step) -> None:
-        super().finish(step)
-        self.decoded = self.decoded or step.new == 1
 
     # Storage
 
@@ -107,6 +99,7 @@ class EvictionLayer(RowLayer):
                 place = torch.arange(length - newest, length, device=device) % config.window
                 self.queries[row, :, place] = query[row, :, width - newest :]
         self.is_initialized = True
+        self.shared.finish()
 
     def fix_capacity(self, entries: int) -> None:
         """Storage of so many entries, which never moves from here on."""
@@ -115,11 +108,6 @@ class EvictionLayer(RowLayer):
 
     def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         new = key.shape[2]
-        if new > 1 and not self.decoded:
-            raise ValueError(
-                "EvictionCache was given a second chunk before any token was decoded: pass the whole prompt at once "
-                "(prefill_chunk_size is not supported)"
-            )
         assert self.keys is not None
         assert self.values is not None
         assert self.entry_positions is not None
@@ -155,9 +143,7 @@ class EvictionLayer(RowLayer):
 
     def join(self, sources: Sequence[RowLayer]) -> None:
         super().join(sources)
-        same = [source for source in sources if isinstance(source, EvictionLayer)]
-        self.decoded = any(source.decoded for source in same)
-        self.form = same[0].form
+        self.form = next(source.form for source in sources if isinstance(source, EvictionLayer))
 
     def held_bytes(self, row: int) -> tuple[int, int]:
         return self.counters.live[row] * self.entry_bytes(), self.counters.peak[row] * self.entry_bytes()

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from vkvtrain.cache.base import RowLayer, Shared
-from vkvtrain.cache.step import Counters, Ring, Step
+from vkvtrain.cache.step import Counters, Ring
 from vkvtrain.logits import LogitForm, attend
 
 
@@ -19,12 +19,6 @@ class SlidingLayer(RowLayer):
     def __init__(self, shared: Shared, index: int, window: int) -> None:
         super().__init__(shared, index)
         self.window = window
-
-    def reset(self) -> None:
-        """Forget the sequences."""
-        super().reset()
-        self.step: Step | None = None
-        """What is under way, from `update` to the end of `attend`."""
 
     def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """One token is stored at once, over the oldest; a chunk attends to the ring and to itself before."""
@@ -45,7 +39,6 @@ class SlidingLayer(RowLayer):
             out = attend(query, key, value, form, mask, is_causal=mask is None)
             self._take_prompt(key, value, mask)
             return out.transpose(1, 2)
-        self.shared.refuse_padding(mask, new)
         assert self.step is not None
         step, self.step = self.step, None
         ring = step.ring(self.window)
@@ -61,7 +54,6 @@ class SlidingLayer(RowLayer):
 
     def _take_prompt(self, key: Tensor, value: Tensor, mask: Tensor | None) -> None:
         rows, heads, width, _ = key.shape
-        # the mask's last query sees no more than a window, which is all that is stored
         lengths = self.shared.row_lengths(mask, rows, width)
         self.keys = key.new_zeros(rows, heads, self.window, key.shape[-1])
         self.values = value.new_zeros(rows, heads, self.window, value.shape[-1])
@@ -73,6 +65,7 @@ class SlidingLayer(RowLayer):
             slot = torch.arange(length - newest, length, device=key.device) % self.window
             self.keys[row, :, slot] = key[row, :, width - newest :]
             self.values[row, :, slot] = value[row, :, width - newest :]
+        self.shared.finish()
 
     def _store(self, key: Tensor, value: Tensor, ring: Ring) -> None:
         """Write the newest tokens into the ring, [rows, Hkv, q, D]."""

@@ -46,7 +46,6 @@ class StaticView(Cache):
         """Tokens that each row has given to the cache, int64 [rows]."""
         self.live = _counter(evicting[0], evicting[0].counters.live)
         """Entries that its evicting layers hold, int64 [rows]."""
-        # a sliding layer counts of a prompt no more than its window
         self.ring = {layer.window: _counter(layer, layer.counters.seen) for layer in sliding}
         """Tokens by which the rings of each window are turned, int64 [rows]."""
         layers = [self._make_layer(layer) for layer in cache.row_layers]

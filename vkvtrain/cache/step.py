@@ -78,6 +78,8 @@ class Step:
 
     def __init__(self, before: Counters, new: int, device: torch.device, window: int, budget: int | None) -> None:
         self.before, self.new, self.device, self.window = before, new, device, window
+        self.is_checked = False
+        """Whether its tokens are known to continue the rows."""
         self.evicts = budget is not None
         self.appended = before.append(new)
         """The counters when its tokens are stored."""

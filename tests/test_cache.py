@@ -144,8 +144,9 @@ def test_direct_calls_that_cannot_work():
         cache.batch_repeat_interleave(2)
     with pytest.raises(ValueError, match="select rows"):
         cache.batch_select_indices(torch.tensor([0]))
-    with pytest.raises(ValueError, match="prefill_chunk_size"):  # as `generate` calls with it: nobody asks what was seen
-        model(input_ids=IDS, position_ids=torch.arange(6, 12)[None], past_key_values=cache)
+    following = torch.arange(6, 12)[None]  # as `generate` calls in chunks: nobody asks what was seen
+    with pytest.raises(ValueError, match="prefill_chunk_size"):
+        model(input_ids=IDS, position_ids=following, past_key_values=cache)
 
 
 def test_a_batch_of_another_size_is_refused():

@@ -202,7 +202,7 @@ def test_padding_in_a_message_longer_than_the_window_is_refused():
 
 
 def test_positions_that_leave_a_gap_are_named():
-    """A padded prompt without position ids counts its padding, which the model's own positions of later tokens do not."""
+    """A padded prompt without position ids counts its padding, which positions by the mask do not."""
     model = tiny_family("Qwen3")
     cache = fresh(model)
     mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])

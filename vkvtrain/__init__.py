@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 from vkvtrain.attention import Trace, register, simulated_eviction
 from vkvtrain.cache import EvictionCache
 from vkvtrain.config import EvictionConfig
+from vkvtrain.rope import fixed_rope
 
 if TYPE_CHECKING:
     from vkvtrain.loading import load
 
 __version__ = "0.1.0"
-__all__ = ["EvictionCache", "EvictionConfig", "Trace", "load", "simulated_eviction"]
+__all__ = ["EvictionCache", "EvictionConfig", "Trace", "fixed_rope", "load", "simulated_eviction"]
 
 register()
 

@@ -1,15 +1,19 @@
 """Load what training or `vkvtrain publish` wrote: model, tokenizer and eviction setting, ready to generate."""
 
+import logging
 import os
 from typing import Any, NamedTuple
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from vkvtrain.config import EvictionConfig
+from vkvtrain.rope import fixed_rope
 from vkvtrain.support import ATTENTION, layer_kinds
+
+logger = logging.getLogger(__name__)
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
@@ -58,9 +62,30 @@ def load(
 
 def _whole(name: str, revision: str | None, dtype: Any, place: torch.device) -> Any:
     return AutoModelForCausalLM.from_pretrained(
-        name, revision=revision or "main", dtype=dtype, attn_implementation=ATTENTION, use_safetensors=True,
+        name, config=load_config(name, revision), revision=revision or "main", dtype=dtype,
+        attn_implementation=ATTENTION, use_safetensors=True,
         device_map={"": place},  # quantized weights cannot be moved afterwards
     )  # fmt: skip
+
+
+def load_config(name: str, revision: str | None = None, **arguments: Any) -> Any:
+    """The configuration that commands load a model with: its rotary frequencies are one set for all sequences.
+
+    Args:
+        name: directory or Hub name of the model.
+        revision: branch, tag or commit.
+        arguments: further ones of `AutoConfig.from_pretrained`.
+    """
+    own = AutoConfig.from_pretrained(name, revision=revision or "main", **arguments)
+    fixed = fixed_rope(own)
+    if fixed is not own:
+        longest = fixed.get_text_config(decoder=True).max_position_embeddings
+        logger.warning(
+            "%s: its rotary frequencies depend on the length; those for %d tokens are used for all sequences",
+            name,
+            longest,
+        )
+    return fixed
 
 
 def _adapted(name: str, revision: str | None, dtype: Any, place: torch.device) -> Any:

@@ -25,6 +25,7 @@ from vkvtrain.foresight import Foresight
 from vkvtrain.lifetimes import Plan, Row, make_plan, never_evicted
 from vkvtrain.logits import LogitForm
 from vkvtrain.noise import Stream, stream_key
+from vkvtrain.rope import check_rope
 from vkvtrain.selection import Selector
 from vkvtrain.support import LayerKind, check_attention, layer_kinds
 
@@ -270,6 +271,7 @@ def simulated_eviction(
         raise ValueError("simulated_eviction found no attention layers in the model: pass a transformers decoder model")
     model_config: Any = modules[0].config
     check_attention(model_config, "simulated_eviction")
+    check_rope(model_config)
     kinds = layer_kinds(model_config, config)
     for module in modules:
         outer = _simulations.get(module)

@@ -302,8 +302,8 @@ def _check_positions(positions: Tensor, first: Sequence[int], seen: Sequence[int
         if (start, end) == (expected, expected + positions.shape[1] - 1):
             continue
         given = (
-            f"this EvictionCache has seen {seen[row]} tokens of row {row}, so that position {expected} is next, and was "
-            f"given {start} to {end}"
+            f"this EvictionCache has seen {seen[row]} tokens of row {row}, so that position {expected} is next, and "
+            f"was given {start} to {end}"
         )
         if start == first[row] and end >= expected:
             raise ValueError(

@@ -14,6 +14,7 @@ from vkvtrain.cache.sliding import SlidingLayer
 from vkvtrain.cache.step import Step
 from vkvtrain.config import EvictionConfig
 from vkvtrain.noise import Stream, stream_key
+from vkvtrain.rope import check_rope
 from vkvtrain.support import LayerKind, check_attention, layer_kinds
 
 
@@ -22,7 +23,8 @@ class EvictionCache(Cache):
 
     Rows are left-padded and independent of each other. Passing the cache again continues its sequences; `reset` starts
     afresh. Greedy and sampling work, also with `num_return_sequences`; beam search, assisted decoding, chunked prefill
-    and cropping are refused.
+    and cropping are refused. A prompt for a used cache that has not the cache's tokens before it is refused where it is
+    no longer than these; of a longer one only its positions can be compared, since no tokens are held.
 
     Args:
         config: the eviction setting.
@@ -31,11 +33,13 @@ class EvictionCache(Cache):
             prompt row r draws from `(streams[r // k], r % k)`.
 
     Raises:
-        ValueError: a model that cannot evict, or whose attention is another one.
+        ValueError: a model that cannot evict, whose attention is another one, or whose rotary frequencies depend on
+            the longest row of a batch (`fixed_rope`).
     """
 
     def __init__(self, config: EvictionConfig, model_config: Any, streams: Sequence[Stream] | None = None) -> None:
         check_attention(model_config.get_text_config(decoder=True), "EvictionCache")
+        check_rope(model_config)
         self.kinds = layer_kinds(model_config, config)
         self._shared = Shared(config, _checked_streams(config, streams), len(self.kinds))
         super().__init__(layers=[self._make_layer(index, kind) for index, kind in enumerate(self.kinds)])

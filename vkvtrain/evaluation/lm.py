@@ -16,7 +16,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import transformers
 from accelerate import Accelerator, InitProcessGroupKwargs
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import register_model
@@ -48,7 +47,9 @@ from vkvtrain.evaluation.sampling import check_generation, sampling_of
 from vkvtrain.evaluation.scoring import Continuation, batches, score
 from vkvtrain.evaluation.thinking import final_answer
 from vkvtrain.generation import Completion, Request, generate
+from vkvtrain.loading import load_config
 from vkvtrain.noise import canonical_stream
+from vkvtrain.rope import fixed_rope
 from vkvtrain.support import ATTENTION, layer_kinds
 from vkvtrain.training.launch import asked_processes
 
@@ -86,7 +87,7 @@ class EvictionLM(_HFLM):
         revision = arguments.get("revision") or "main"
         trust = bool(arguments.get("trust_remote_code", False))
         try:
-            config = transformers.AutoConfig.from_pretrained(pretrained, revision=revision, trust_remote_code=trust)
+            config = load_config(pretrained, revision, trust_remote_code=trust)
         except OSError as error:
             raise ValueError(f"pretrained={pretrained} cannot be loaded: {' '.join(str(error).split())}") from None
         kinds = layer_kinds(config, self.eviction)
@@ -122,8 +123,12 @@ class EvictionLM(_HFLM):
             )
         return text
 
+    def _get_config(self, pretrained: str, **arguments: Any) -> None:
+        super()._get_config(pretrained, **arguments)
+        self._config = fixed_rope(self._config)
+
     def _create_model(self, pretrained: str, *args: Any, peft: str | None = None, **kwargs: Any) -> None:
-        super()._create_model(pretrained, *args, **kwargs, attn_implementation=ATTENTION)
+        super()._create_model(pretrained, *args, **kwargs, config=self._config, attn_implementation=ATTENTION)
         if peft:
             from peft import PeftModel  # HFLM's own loading resizes embeddings that are meant to be padded
 

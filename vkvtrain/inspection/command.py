@@ -17,6 +17,7 @@ from vkvtrain.config import EvictionConfig
 from vkvtrain.inspection.page import page
 from vkvtrain.inspection.picture import draw
 from vkvtrain.inspection.survival import Survival, policy_overlap, survival
+from vkvtrain.loading import load_config
 from vkvtrain.support import ATTENTION, layer_kinds
 from vkvtrain.tiny import MODEL_PATH, task
 
@@ -125,7 +126,9 @@ def tokens_of(arguments: Arguments, tokenizer: Any, prompt: str, rest: str) -> t
 def load(arguments: Arguments, name: str) -> Any:
     """The model in evaluation mode, with its adapter if there is one; raises ValueError if it cannot be had."""
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=arguments.dtype, attn_implementation=ATTENTION)
+        model = AutoModelForCausalLM.from_pretrained(
+            name, config=load_config(name), dtype=arguments.dtype, attn_implementation=ATTENTION
+        )
     except OSError as error:
         raise ValueError(f"--model {arguments.model!r} cannot be loaded: {' '.join(str(error).split())}") from None
     if arguments.peft is not None:

@@ -14,6 +14,7 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from vkvtrain.generation import Sampling
+from vkvtrain.loading import load_config
 from vkvtrain.support import ATTENTION
 from vkvtrain.tiny import MODEL_PATH
 from vkvtrain.traces.making import Tally, make, write
@@ -186,8 +187,9 @@ def load_tokenizer(arguments: Arguments, name: str) -> Any:
 def load_model(arguments: Arguments, name: str) -> Any:
     """The model, with its adapter if there is one, on a GPU if there is one."""
     model: Any = AutoModelForCausalLM.from_pretrained(
-        name, revision=arguments.revision or "main", dtype=arguments.dtype, attn_implementation=ATTENTION
-    )
+        name, config=load_config(name, arguments.revision), revision=arguments.revision or "main",
+        dtype=arguments.dtype, attn_implementation=ATTENTION,
+    )  # fmt: skip
     if arguments.peft is not None:
         from peft import PeftModel
 

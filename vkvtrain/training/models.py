@@ -7,6 +7,7 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
+from vkvtrain.loading import load_config
 from vkvtrain.support import ATTENTION, layer_kinds
 from vkvtrain.tiny import MODEL_PATH
 from vkvtrain.training.settings import REWRITES_BASE, LoraSettings, ModelSettings, Recipe
@@ -78,7 +79,8 @@ def load_model(recipe: Recipe) -> Any:
     """
     settings, lora = recipe.model, recipe.lora
     model: Any = AutoModelForCausalLM.from_pretrained(
-        model_name(recipe), revision=settings.revision or "main", dtype=settings.dtype, attn_implementation=ATTENTION,
+        model_name(recipe), config=load_config(model_name(recipe), settings.revision),
+        revision=settings.revision or "main", dtype=settings.dtype, attn_implementation=ATTENTION,
         quantization_config=quantization(settings),
     )  # fmt: skip
     for config in recipe.eviction_configs():

@@ -5,7 +5,9 @@ import pickle
 
 import pytest
 import torch
+import transformers
 from families import FAMILIES, tiny_family
+from packaging.version import Version
 from passes import simulate
 from peft import LoraConfig, get_peft_model
 from transformers import GenerationConfig
@@ -17,6 +19,7 @@ CONFIG = EvictionConfig(policy="vase_attnv", budget=16, window=4, sinks=1)
 STALE = r"has seen \d+ tokens.*call cache\.reset\(\), or make a new one"
 DROPPED = r"its layers run without one.*gradient checkpointing.*call model\.eval\(\)"
 AGAIN = r"every token again: set use_cache=True"
+KEEPS_THE_CACHE = Version(transformers.__version__) >= Version("5.24")
 
 
 def drawn(rows, length, seed=5):
@@ -41,14 +44,25 @@ def checkpointing(model):
 
 @pytest.mark.parametrize("family", ["Qwen3", "gpt-oss", "Gemma3", "Phi3"])
 def test_checkpointing_in_training_mode_is_refused_at_the_first_forward(family):
-    model = checkpointing(tiny_family(family))
-    cache = EvictionCache(CONFIG, model.config)
-    with pytest.raises(ValueError, match=DROPPED):
-        answer(model, drawn(2, 10), cache)
-    with pytest.raises(ValueError, match=DROPPED):
-        model(input_ids=drawn(2, 1), past_key_values=cache)
+    model = tiny_family(family)
+    expected = answer(model, drawn(2, 10), fresh(model))
+    checkpointing(model)
+    cache = fresh(model)
+    for length in (10, 1):
+        with pytest.raises(ValueError, match=DROPPED):
+            model(input_ids=drawn(2, length), past_key_values=cache)
+    refused_or(expected, lambda: answer(model, drawn(2, 10), cache))
     model.eval()
-    assert torch.equal(answer(model, drawn(2, 10), cache), answer(model, drawn(2, 10), fresh(model)))
+    assert torch.equal(answer(model, drawn(2, 10), fresh(model)), expected)
+
+
+def refused_or(expected, generated):
+    """Newer transformers checkpoint nothing without gradients, so that generation keeps its cache in training mode."""
+    if KEEPS_THE_CACHE:
+        assert torch.equal(generated(), expected)
+        return
+    with pytest.raises(ValueError, match=DROPPED):
+        generated()
 
 
 def fresh(model):
@@ -56,17 +70,25 @@ def fresh(model):
 
 
 def test_checkpointing_under_an_adapter_is_refused():
-    model = checkpointing(get_peft_model(tiny_family("Qwen3"), LoraConfig(task_type="CAUSAL_LM")))
+    model = get_peft_model(tiny_family("Qwen3"), LoraConfig(task_type="CAUSAL_LM"))
+    expected = answer(model, drawn(1, 10), fresh(model))
+    checkpointing(model)
+    refused_or(expected, lambda: answer(model, drawn(1, 10), fresh(model)))
     with pytest.raises(ValueError, match=DROPPED):
-        answer(model, drawn(1, 10), fresh(model))
+        model(input_ids=drawn(1, 10), past_key_values=fresh(model))
 
 
 def test_the_slot_engine_refuses_layers_in_training_mode():
     model = tiny_family("Qwen3")
+    request = Request((3, 4, 5), 8, 0)
+
+    def tokens():
+        return torch.tensor(generate(model, CONFIG, [request], slots=1, end_tokens=set())[0].tokens)
+
+    expected = tokens()
     checkpointing(model.model)
     assert not model.training
-    with pytest.raises(ValueError, match=DROPPED):
-        generate(model, CONFIG, [Request((3, 4, 5), 8, 0)], slots=1, end_tokens=set())
+    refused_or(expected, tokens)
 
 
 def test_training_mode_without_checkpointing_decodes():

@@ -199,10 +199,10 @@ class RowLayer(CacheLayerMixin):
             return
         if self.step.is_checked:
             return
-        if mask is not None and not bool(_sees_itself(mask).all()):
-            raise ValueError("padding among tokens that continue a sequence: continue rows with equally many tokens")
         if tells and shared.first_positions is not None and (new > 1 or shared.is_resumed):
             _check_positions(positions.expand(rows, new), shared.first_positions, self.step.before.seen)
+        if mask is not None and not bool(_sees_itself(mask).all()):
+            raise ValueError("padding among tokens that continue a sequence: continue rows with equally many tokens")
         if new > 1 and not (self.decoded or shared.is_resumed):
             raise ValueError(
                 "EvictionCache was given a second chunk before any token was decoded: pass the whole prompt at once "
@@ -299,7 +299,8 @@ def _check_positions(positions: Tensor, first: Sequence[int], seen: Sequence[int
     """
     for row, (start, end) in enumerate(positions[:, [0, -1]].tolist()):
         expected = first[row] + seen[row]
-        if (start, end) == (expected, expected + positions.shape[1] - 1):
+        has_gaps = end - start != positions.shape[1] - 1  # as by padding, which the mask tells better
+        if start == expected or has_gaps:
             continue
         given = (
             f"this EvictionCache has seen {seen[row]} tokens of row {row}, so that position {expected} is next, and "

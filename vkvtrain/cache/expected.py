@@ -1,8 +1,9 @@
 """Whether a forward that was given an `EvictionCache` writes to it.
 
 A model asks its cache how wide the masks must be, makes the masks, then runs its layers. Under gradient checkpointing
-in training mode transformers' layers drop the cache after that, with no more than a log line. All of it happens in the
-thread of the forward pass, and so does what is remembered here; a recomputation in a backward pass asks for no masks.
+in training mode transformers' layers drop the cache after that, with no more than a log line (since 5.24 only where
+gradients are on). All of it happens in the thread of the forward pass, and so does what is remembered here; a
+recomputation in a backward pass asks for no masks.
 """
 
 import threading

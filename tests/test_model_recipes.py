@@ -47,6 +47,11 @@ def tiny_model(name, directory):
         "pad_token_id": tokenizer.pad_token_id, "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
     }  # fmt: skip
+    if name.startswith("phi"):  # as the real one: longrope, with a switch that the rows cross
+        switch = {"original_max_position_embeddings": 64}
+        values |= switch
+        factors = {"short_factor": [1.0] * 8, "long_factor": [1.0 + 3 * place for place in range(8)]}
+        values |= {"partial_rotary_factor": 1.0, "rope_parameters": {"rope_type": "longrope", **factors, **switch}}
     if "layer_types" in values:
         values |= {"layer_types": values["layer_types"][:2], "sliding_window": 32, "num_local_experts": 4}
         values |= {"num_experts_per_tok": 2}

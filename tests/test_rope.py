@@ -10,6 +10,7 @@ from transformers import AutoConfig, LlamaConfig, Phi3Config
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from vkvtrain import EvictionCache, EvictionConfig, fixed_rope, load, simulated_eviction
+from vkvtrain.evaluation.lm import EvictionLM
 from vkvtrain.evaluation.scoring import Continuation, score
 from vkvtrain.generation import Request, generate
 from vkvtrain.generation.requests import positions
@@ -173,3 +174,6 @@ def test_commands_load_such_models_with_one_set_and_say_so(tmp_path, caplog):
     assert "rotary frequencies depend on the length; those for 4096 tokens are used for all" in caplog.text
     assert loaded.model.config.rope_parameters["short_factor"] == LONG
     check_both_passes(loaded.model)
+    evaluated = EvictionLM(str(tmp_path), device="cpu", dtype="float64")
+    assert evaluated.model.config.rope_parameters == loaded.model.config.rope_parameters
+    check_both_passes(evaluated.model)

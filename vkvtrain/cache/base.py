@@ -190,16 +190,17 @@ class RowLayer(CacheLayerMixin):
         """
         shared, (rows, _, new, _) = self.shared, query.shape
         shared.awaiting = None
-        tells = positions is not None and positions.dim() == 2
+        if positions is not None and positions.dim() != 2:  # of images and text
+            positions = None
         if self.step is None:
-            if tells and shared.first_positions is None:
+            if positions is not None and shared.first_positions is None:
                 newest = positions[:, -1].expand(rows).tolist()
                 lengths = shared.row_lengths(mask, rows, new)
                 shared.first_positions = [last + 1 - length for last, length in zip(newest, lengths, strict=True)]
             return
         if self.step.is_checked:
             return
-        if tells and shared.first_positions is not None and (new > 1 or shared.is_resumed):
+        if positions is not None and shared.first_positions is not None and (new > 1 or shared.is_resumed):
             _check_positions(positions.expand(rows, new), shared.first_positions, self.step.before.seen)
         if mask is not None and not bool(_sees_itself(mask).all()):
             raise ValueError("padding among tokens that continue a sequence: continue rows with equally many tokens")

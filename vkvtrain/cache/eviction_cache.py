@@ -66,23 +66,23 @@ class EvictionCache(Cache):
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens seen, padding columns included. Whoever asks is taken to go on from there: see `RowLayer.check`."""
         self._shared.is_resumed = True
-        return self.layers[layer_idx].get_seq_length()
+        return super().get_seq_length(layer_idx)
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
         """The same, as mask functions ask for it in every forward."""
-        return self.layers[layer_idx].get_seq_length()
+        return super().get_seq_length(layer_idx)
 
     @torch.compiler.disable
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
         """(width, offset) of the masks that transformers makes; a forward asks before its layers run."""
         if query_length == 0:
             raise ValueError(
-                f"this EvictionCache has seen {self.layers[layer_idx].get_seq_length()} tokens, and the prompt has no "
+                f"this EvictionCache has seen {super().get_seq_length(layer_idx)} tokens, and the prompt has no "
                 "more than these: a used cache is continued by the whole sequence so far and more; for another prompt "
                 "call cache.reset(), or make a new one"
             )
         expect(self)
-        return self.layers[layer_idx].get_mask_sizes(query_length)
+        return super().get_mask_sizes(query_length, layer_idx)
 
     def positions(self, layer: int, row: int) -> Tensor:
         """Logical positions that a layer holds of a row, int64 [Hkv, n], ascending.

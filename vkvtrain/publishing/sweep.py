@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from vkvtrain.ablation.grid import FULL
-from vkvtrain.ablation.plan import ADAPTER, hash_of
 from vkvtrain.ablation.store import Store
 from vkvtrain.ablation.summary import Setting, Summary, summarise
+from vkvtrain.identity import ADAPTER, hash_of
 from vkvtrain.publishing.measured import Comparison, Evaluation, Interval, Row, checked
 
 

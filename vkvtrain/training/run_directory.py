@@ -3,11 +3,13 @@
 import importlib.metadata
 import json
 import platform
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import yaml
+from safetensors import SafetensorError
 from torch import Tensor
 
 from vkvtrain.training.checkpoints import sync
@@ -16,6 +18,10 @@ from vkvtrain.training.settings import Recipe
 FINISHED = "adapter_model.safetensors"
 METRICS = "metrics.jsonl"
 RECIPE = "recipe.yaml"
+
+
+class Incomplete(Exception):
+    """A run that is trained and of which something could not be written."""
 
 
 def check_output(directory: Path, overwrite: bool) -> None:
@@ -36,6 +42,14 @@ def environment() -> dict[str, Any]:
     }
 
 
+def changed_versions(directory: Path) -> list[str]:
+    """What differs between the environment that a run began in and this one, in words."""
+    path = directory / "environment.json"
+    before = json.loads(path.read_bytes()) if path.is_file() else {}
+    now = environment()
+    return [f"{name} {now[name]} instead of {old}" for name, old in before.items() if now.get(name) != old]
+
+
 def start_run(recipe: Recipe) -> None:
     """Write what is known before training."""
     recipe.output.mkdir(parents=True, exist_ok=True)
@@ -52,14 +66,26 @@ def finish_run(recipe: Recipe, model: Any, weights: dict[str, Tensor], tokenizer
         model: the adapted model.
         weights: its trained weights by parameter, whole.
         tokenizer: of the base model.
+
+    Raises:
+        Incomplete: a full disk, among others; the weights are not there then, and what was half written is gone.
     """
-    recipe.trained_for().save_pretrained(recipe.output)
-    tokenizer.save_pretrained(recipe.output)
     # the weights say that the run is finished, so they appear whole or not at all
     beside = recipe.output / ".unfinished"
-    model.save_pretrained(beside, safe_serialization=True, state_dict=weights, save_embedding_layers=False)
-    for path in sorted(beside.iterdir(), key=lambda path: path.name == FINISHED):
-        sync(path)
-        path.replace(recipe.output / path.name)
-    beside.rmdir()
-    sync(recipe.output)
+    try:
+        shutil.rmtree(beside, ignore_errors=True)
+        recipe.trained_for().save_pretrained(recipe.output)
+        tokenizer.save_pretrained(recipe.output)
+        model.save_pretrained(beside, safe_serialization=True, state_dict=weights, save_embedding_layers=False)
+        for path in sorted(beside.iterdir(), key=lambda path: path.name == FINISHED):
+            sync(path)
+            path.replace(recipe.output / path.name)
+        sync(recipe.output)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise Incomplete(
+            f"the adapter could not be written to {recipe.output} ({reason}): mend that, or make room, and the same "
+            "command finishes the run"
+        ) from error
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)

@@ -4,6 +4,7 @@ Model arguments are HFLM's and the fields of `EvictionConfig` (`policy=vase_attn
 `eviction_config=<directory or repository>`. Without either the cache is full. A PEFT directory's own
 eviction_config.json is never read silently: what an adapter was trained for and what it is evaluated under are separate
 settings. `journal=<directory>` keeps finished generations there: an interrupted run, given again, goes on.
+`date=2026-11-24` is the day that a chat template takes for today, if it writes one.
 `compile=true` decodes by a compiled step, on a GPU as a CUDA graph, where the setting bounds every layer's cache.
 """
 
@@ -27,8 +28,10 @@ from tqdm import tqdm
 
 from vkvtrain.evaluation.arguments import (
     check_arguments,
+    fix_day,
     own_generation_settings,
     take_compile,
+    take_date,
     take_eviction_config,
 )
 from vkvtrain.evaluation.records import (
@@ -50,7 +53,7 @@ from vkvtrain.evaluation.thinking import final_answer
 from vkvtrain.generation import Completion, Request, generate
 from vkvtrain.noise import canonical_stream
 from vkvtrain.support import ATTENTION, layer_kinds
-from vkvtrain.training.launch import asked_processes
+from vkvtrain.training.launch import asked_processes, check_replicated
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +86,7 @@ class EvictionLM(_HFLM):
         self.eviction = take_eviction_config(arguments)
         journal = arguments.pop("journal", None)
         self.journal = None if journal is None else Path(str(journal))
+        given = take_date(arguments)
         revision = arguments.get("revision") or "main"
         trust = bool(arguments.get("trust_remote_code", False))
         try:
@@ -92,6 +96,7 @@ class EvictionLM(_HFLM):
         kinds = layer_kinds(config, self.eviction)
         self.compile = take_compile(arguments, kinds)
         check_generation(own_generation_settings(pretrained, revision))
+        check_replicated()
         self.run = Run()
         self.warnings: list[str] = []
         accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=RANK_TIMEOUT)])
@@ -101,6 +106,7 @@ class EvictionLM(_HFLM):
                 "launch CPU processes with ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes"
             )
         super().__init__(pretrained, backend="causal", **arguments)
+        self.date = fix_day(self.tokenizer, given, self.journal)
         self.think_end_token = self._think_end(self.think_end_token)
         if accelerator.num_processes > 1:
             # HFLM counts the visible GPUs of a machine: wrong on CPU, with one GPU a rank, or on several machines
@@ -286,6 +292,8 @@ class EvictionLM(_HFLM):
         info["generation_config"] = (
             self.model.generation_config.to_diff_dict()
         )  # what tasks do not set is taken from it
+        if self.date is not None:
+            info["date"] = str(self.date)  # which the chat template writes
         if self.warnings:
             info["warning"] = "; ".join(self.warnings)
         return {**super().get_model_info(), "eviction": info}

@@ -56,9 +56,9 @@ class Interrupt:
         self._changing = self._ending = False
 
     def __call__(self, signum: int, frame: FrameType | None) -> None:
-        if self._handled == signal.SIGINT == signum:
-            if self.launcher is None or time.monotonic() - self._pressed > ONE_PRESS:
-                raise KeyboardInterrupt  # a second Ctrl-C does not wait
+        another = self.launcher is None or time.monotonic() - self._pressed > ONE_PRESS
+        if self._handled == signal.SIGINT == signum and another:
+            raise KeyboardInterrupt  # a second Ctrl-C does not wait
         self._handled, self._pressed = signum, time.monotonic()
         self.signum = self.signum or signum
 

@@ -117,6 +117,16 @@ def check_world_size(recipe: Recipe, processes: int) -> None:
         raise ValueError(f"training.global_batch ({batch}) must be a multiple of the {processes} processes")
 
 
+def check_replicated() -> None:
+    """Raise ValueError where models would be loaded in parts, as transformers does by these variables alone."""
+    for variable in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
+        if is_asked_for(variable):
+            raise ValueError(
+                f"the launcher or the environment sets {variable}, by which weights are sharded, and evaluation holds "
+                "the whole model in every process: launch with --multi_gpu"
+            )
+
+
 def check_engine(accelerator: Accelerator) -> None:
     """Raise ValueError if this run has not the engine that was asked for, or one that is not supported."""
     for variable, name, engine in (

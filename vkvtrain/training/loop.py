@@ -45,6 +45,7 @@ from vkvtrain.training.resume import (
     identity_of,
     restore_run,
     save_run,
+    with_date,
 )
 from vkvtrain.training.run import Run
 from vkvtrain.training.run_directory import changed_versions, check_output, start_run
@@ -81,6 +82,7 @@ def train(recipe: Recipe, dry_run: bool = False, overwrite: bool = False) -> Non
     check_generated(recipe, accelerator)
     set_seed(recipe.seed)
     tokenizer = load_tokenizer(recipe)
+    recipe = with_date(recipe, tokenizer, overwrite)
     data = load_data(recipe.data, tokenizer, progress=accelerator.is_main_process)
     check_loss_masks(data)
     if dry_run:

@@ -9,6 +9,7 @@ import json
 import warnings
 from array import array
 from collections.abc import Mapping
+from datetime import date
 from typing import Any
 
 from accelerate import Accelerator
@@ -17,6 +18,7 @@ from peft import get_peft_model_state_dict
 from torch import Tensor
 from transformers import AutoConfig
 
+from vkvtrain.clock import reads_clock
 from vkvtrain.identity import model_identity
 from vkvtrain.training.checkpoints import (
     CHECKPOINTS,
@@ -58,6 +60,28 @@ def identity_of(recipe: Recipe, data: TrainingData) -> dict[str, str]:
     name = model_name(recipe)
     config = AutoConfig.from_pretrained(name, revision=recipe.model.revision or "main")
     return {"data": fingerprint(data), "base": model_identity(name, config, recipe.model.revision)}
+
+
+def with_date(recipe: Recipe, tokenizer: Any, overwrite: bool) -> Recipe:
+    """The recipe with the day that its chat template writes: its own, the one that the run began on, or today.
+
+    Every process calls it.
+
+    Raises:
+        ValueError: a `data.date` that changes nothing.
+    """
+    if not reads_clock(tokenizer):
+        if recipe.data.date is not None:
+            raise ValueError("data.date fixes the day that a chat template writes, and this one writes none: remove it")
+        return recipe
+    if recipe.data.date is not None:
+        return recipe
+    began = None
+    if not overwrite and (recipe.output / CHECKPOINTS).is_dir():
+        began = recipe_values(recipe.output / RECIPE)["data"].get("date")
+    day = [date.fromisoformat(str(began)) if began else date.today()]
+    broadcast_object_list(day)
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"date": day[0]})})
 
 
 def checkpoint_to_continue(

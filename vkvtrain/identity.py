@@ -35,6 +35,11 @@ def hash_of(files: list[Path], directory: Path) -> str:
     return total.hexdigest()[:16]
 
 
+def adapter_hash(directory: Path) -> str:
+    """Hash of an adapter's configuration and weights."""
+    return hash_of([directory / part for part in ADAPTER], directory)
+
+
 def stamp_of(files: list[Path]) -> str:
     """Hash of the names, sizes and times of change of files: a moment's look at whether they are the same as before."""
     states = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]

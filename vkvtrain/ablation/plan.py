@@ -18,7 +18,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, Repo
 
 from vkvtrain.ablation.grid import BASE, Cell, ModelEntry, Sweep, without_repeats
 from vkvtrain.ablation.tasks import TaskInfo, find_tasks
-from vkvtrain.identity import ADAPTER, commit_of, decisive_files, hash_of, model_identity, stamp_of
+from vkvtrain.identity import ADAPTER, adapter_hash, commit_of, decisive_files, model_identity, stamp_of
 from vkvtrain.support import layer_kinds
 from vkvtrain.tiny import MODEL_PATH
 
@@ -159,8 +159,7 @@ def resolve_model(name: str, entry: ModelEntry, sweep: Sweep) -> Model:
         return Model(name, given, pretrained, commit, None, base, stamp)
     directory = adapter_directory(where, entry.peft)
     stamp = stamp_of(model_files(pretrained, str(directory)))
-    adapter = hash_of([directory / part for part in ADAPTER], directory)
-    return Model(name, given, pretrained, commit, str(directory), f"{base}+{adapter}", stamp)
+    return Model(name, given, pretrained, commit, str(directory), f"{base}+{adapter_hash(directory)}", stamp)
 
 
 def model_files(pretrained: str, peft: str | None) -> list[Path]:

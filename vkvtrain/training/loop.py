@@ -97,7 +97,7 @@ def train(recipe: Recipe, dry_run: bool = False, overwrite: bool = False) -> Non
             if checkpoint is not None:
                 others = f" ({', '.join(changed)})" if (changed := changed_versions(recipe.output)) else ""
                 print(f"continues after step {checkpoint.step}, from {checkpoint.path}{others}", flush=True)
-            start_run(recipe)
+            start_run(recipe, identity)
         run = prepare(recipe, accelerator, model, data, tokenizer, checkpoint)
         run.identity = identity
         complete(run, launcher)

@@ -5,6 +5,7 @@ import json
 import platform
 import shutil
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,17 +46,31 @@ def environment() -> dict[str, Any]:
 def changed_versions(directory: Path) -> list[str]:
     """What differs between the environment that a run began in and this one, in words."""
     path = directory / "environment.json"
-    before = json.loads(path.read_bytes()) if path.is_file() else {}
     now = environment()
-    return [f"{name} {now[name]} instead of {old}" for name, old in before.items() if now.get(name) != old]
+    before = json.loads(path.read_bytes()) if path.is_file() else now
+    return [f"{name} {value} instead of {before[name]}" for name, value in now.items() if before.get(name) != value]
 
 
-def start_run(recipe: Recipe) -> None:
-    """Write what is known before training."""
+def base_identity(directory: Path) -> str | None:
+    """What the base model was that a run trained on, by its files or its commit; None where that was not written."""
+    path = directory / "environment.json"
+    written = json.loads(path.read_bytes()) if path.is_file() else {}
+    return written.get("identity", {}).get("base")
+
+
+def start_run(recipe: Recipe, identity: Mapping[str, str]) -> None:
+    """Write what is known before training.
+
+    Args:
+        recipe: of the run, with all that was decided when it began.
+        identity: of its data and its base model.
+    """
     recipe.output.mkdir(parents=True, exist_ok=True)
     (recipe.output / FINISHED).unlink(missing_ok=True)
     (recipe.output / RECIPE).write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
-    (recipe.output / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n")
+    (recipe.output / "environment.json").write_text(
+        json.dumps({**environment(), "identity": dict(identity)}, indent=2) + "\n"
+    )
 
 
 def finish_run(recipe: Recipe, model: Any, weights: dict[str, Tensor], tokenizer: Any) -> None:

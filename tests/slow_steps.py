@@ -21,7 +21,7 @@ forward, train_step, steps = ModelWithLoss.forward, loop.train_step, []
 
 def slow(self, *args, **kwargs):
     if len(steps) > 1:
-        print("slow", flush=True)
+        print("SLOW PASS", flush=True)
         time.sleep(float(os.environ["SECONDS_A_PASS"]))
     return forward(self, *args, **kwargs)
 

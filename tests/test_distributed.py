@@ -246,7 +246,9 @@ def test_precision_and_checkpointing_of_an_engine_s_own_configuration_are_refuse
     check_engine(accelerator(DistributedType.DEEPSPEED, deepspeed_plugin=SimpleNamespace(deepspeed_config={})))
     for checkpointing in (True, False):
         given = accelerator(DistributedType.FSDP, fsdp_plugin=SimpleNamespace(activation_checkpointing=checkpointing))
-        expected = pytest.raises(ValueError, match=r"set model.gradient_checkpointing") if checkpointing else nullcontext()
+        expected = (
+            pytest.raises(ValueError, match=r"set model.gradient_checkpointing") if checkpointing else nullcontext()
+        )
         with expected:
             check_engine(given)
 
@@ -367,7 +369,7 @@ def test_a_slow_run_ends_in_time_with_its_last_finished_step(tmp_path, launcher,
         )  # fmt: skip
     trainers = []
     try:
-        wait_until(lambda: "slow" in log.read_text() or process.poll() is not None, 200)
+        wait_until(lambda: "SLOW PASS" in log.read_text() or process.poll() is not None, 200)
         family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
         trainers = [one for one in family if "tests/slow_steps.py" in one.cmdline()[1:3]]
         began = time.monotonic()

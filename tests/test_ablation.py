@@ -169,12 +169,12 @@ def test_what_lies_behind_a_name_makes_another_cell(tmp_path):
     base = tmp_path / "base"
     shutil.copytree(MODEL_PATH, base)
     tasks = tmp_path / "tasks"
-    shutil.copytree(ROOT / "eval/tasks/tiny", tasks)
+    shutil.copytree(ROOT / "eval/tasks", tasks)
     problems = tmp_path / "problems"
     problems.mkdir()
     (problems / "test.jsonl").write_text('{"question": "1"}')
-    text = (tasks / "keyed_sum.yaml").read_text()
-    (tasks / "keyed_sum.yaml").write_text(f"{text}\ndataset_kwargs:\n  data_files: {problems}/*.jsonl\n")
+    text = (tasks / "tiny/keyed_sum.yaml").read_text()
+    (tasks / "tiny/keyed_sum.yaml").write_text(f"{text}\ndataset_kwargs:\n  data_files: {problems}/*.jsonl\n")
     settings = {"model": str(base), "include_path": str(tasks), "budgets": [64], "policies": ["snapkv"]}
     (base / "tokenizer.model").write_bytes(b"pieces")
     seen = [identities(**settings)]
@@ -182,7 +182,7 @@ def test_what_lies_behind_a_name_makes_another_cell(tmp_path):
         (base / "model.safetensors", (base / "model.safetensors").read_bytes()[:-1] + b"\x11"),
         (base / "tokenizer.model", b"others"),
         (base / "modeling_code.py", b"pass"),
-        (tasks / "helper.py", b"x = 1"),
+        (tasks / "tiny/helper.py", b"x = 1"),
         (problems / "test.jsonl", b'{"question": "2"}'),
         (problems / "more.jsonl", b'{"question": "2"}'),
     ):
@@ -198,14 +198,14 @@ def test_what_changes_while_a_sweep_runs_is_noticed(tmp_path):
     """The plan has identified what was there when it began; a cell that has run later must be of the same."""
     base, tasks, own = tmp_path / "base", tmp_path / "tasks", adapter(tmp_path / "x")
     shutil.copytree(MODEL_PATH, base)
-    shutil.copytree(ROOT / "eval/tasks/tiny", tasks)
+    shutil.copytree(ROOT / "eval/tasks", tasks)
     given = sweep(model=str(base), include_path=str(tasks), adapters={"x": own}, budgets=[64], policies=["snapkv"])
     cells = {planned.cell.model: planned for planned in make_plan(given).cells}
     assert [what_changed(planned, given) for planned in cells.values()] == [None, None]
     adapter(tmp_path / "x", weight=2.0)
     assert what_changed(cells["x"], given) == "the files of model x"
     assert what_changed(cells["base"], given) is None
-    (tasks / "keyed_sum.py").write_text((tasks / "keyed_sum.py").read_text() + "\n")
+    (tasks / "tiny/keyed_sum.py").write_text((tasks / "tiny/keyed_sum.py").read_text() + "\n")
     assert what_changed(cells["base"], given) == "the task tiny_keyed_sum, or its data,"
     os.utime(base / "model.safetensors")
     assert what_changed(cells["base"], given) == "the files of model base"

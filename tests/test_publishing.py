@@ -402,10 +402,9 @@ def test_a_run_without_an_evaluation_is_refused(tmp_path, capsys):
 
 def test_results_of_other_weights_are_refused(tmp_path, capsys):
     run = changed_run(tmp_path)
-    results = json.loads((run.parent / "results.json").read_text())
     path = tmp_path / "measured.json"
     for adapter, fits in ((adapter_hash(run), True), ("another", False), (None, True)):
-        path.write_text(json.dumps([{**row, "adapter": adapter} for row in results]))
+        path.write_text(json.dumps([{**row, "adapter": adapter} for row in RESULTS]))
         given = [run, "--to", tmp_path / "out", "--base-name", "acme/tiny", "--results", path, "--overwrite"]
         if fits:
             publish(*given)

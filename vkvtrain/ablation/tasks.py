@@ -18,6 +18,8 @@ from vkvtrain.config import nearest
 
 GRADES = ("exact_match", "acc")
 """Metrics that are taken for the grade where a sweep names none, in this order."""
+NAMES_DATA = ("dataset_path", "dataset_kwargs")
+"""Settings of a task that can name files."""
 DATA_FILES = (".json", ".jsonl", ".parquet", ".csv", ".tsv", ".txt")
 
 
@@ -100,23 +102,22 @@ def fingerprint(definition: Mapping[str, Any]) -> str:
     """Hash of a definition: functions count by the source of their module and of those beside it, and local data files
     by their contents, not by where they lie."""
 
-    def normal(value: Any) -> Any:
+    def normal(value: Any, names_data: bool = False) -> Any:
         if isinstance(value, Mapping):
-            return {str(key): normal(inner) for key, inner in value.items()}
+            return {str(key): normal(inner, names_data or key in NAMES_DATA) for key, inner in value.items()}
         if isinstance(value, list | tuple):
-            return [normal(inner) for inner in value]
+            return [normal(inner, names_data) for inner in value]
+        if isinstance(value, str) and names_data and (files := data_files(value)):
+            return f"{Path(value).name}:{_hash(files)}"
         if isinstance(value, str) and value.startswith("/") and "." in value:
             return function_source(value)
-        files = data_files(value) if isinstance(value, str) else []
-        return f"{Path(value).name}:{_hash(files)}" if files else value
+        return value
 
     return hashlib.blake2b(json.dumps(normal(definition), sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def data_files(value: str) -> list[Path]:
     """The local files of problems that a setting of a task names: a file, a directory, or a pattern."""
-    if "\n" in value or not ("/" in value or value.endswith(DATA_FILES)):
-        return []
     path = Path(value).expanduser()
     named = path.rglob("*") if path.is_dir() else map(Path, glob.glob(str(path)))
     return sorted(file for file in named if file.suffix in DATA_FILES and file.is_file())

@@ -12,8 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from short_runs import EVICTED, short_recipe
 
-from vkvtrain.clock import depends_on_date, fix_date, fixed_date, reads_clock
-from vkvtrain.evaluation.arguments import fix_day, take_date
+from vkvtrain.clock import day_of, depends_on_date, fix_date, fix_day, fixed_date, reads_clock
+from vkvtrain.evaluation.lm import EvictionLM
+from vkvtrain.traces.command import Arguments
+from vkvtrain.traces.command import run as generate_traces
 from vkvtrain.training import loop
 from vkvtrain.training.data import load_data
 from vkvtrain.training.loop import train
@@ -137,30 +139,36 @@ def test_a_run_keeps_the_day_that_it_began_on(conversations, tmp_path, monkeypat
         with_date(fixed, tokenizer, overwrite=False)
 
 
-def test_an_evaluation_keeps_the_day_of_its_journal(tmp_path, monkeypatch, caplog):
-    first, later = tokenizer_with(DATED), tokenizer_with(DATED)
-    assert fix_day(first, DAY, tmp_path / "journal") == DAY
-    assert fix_day(later, None, tmp_path / "journal") == DAY
+def test_what_has_a_journal_keeps_the_day_that_it_began_on(tmp_path, caplog):
+    first, later, path = tokenizer_with(DATED), tokenizer_with(DATED), tmp_path / "journal/date"
+    assert fix_day(first, DAY, path, "date") == DAY
+    assert fix_day(later, None, path, "date") == DAY
     assert rendered(first) == rendered(later)
     assert "2026-01-05" in rendered(later)
-    with pytest.raises(ValueError, match=r"date=2026-01-06 is not the day that the journal began on \(2026-01-05\)"):
-        fix_day(tokenizer_with(DATED), date(2026, 1, 6), tmp_path / "journal")
+    with pytest.raises(ValueError, match=r"date \(2026-01-06\) is not the day .* journal was begun on \(2026-01-05\)"):
+        fix_day(tokenizer_with(DATED), date(2026, 1, 6), path, "date")
     with caplog.at_level(logging.WARNING):
-        assert fix_day(tokenizer_with(DATED), None, None) == date.today()
-    assert f"give date={date.today()}" in caplog.text
-    with pytest.raises(ValueError, match="this one writes none"):
-        fix_day(chat_tokenizer("phi4"), DAY, None)
-    assert fix_day(chat_tokenizer("phi4"), None, tmp_path / "other") is None
+        assert fix_day(tokenizer_with(DATED), None, None, "--date") == date.today()
+    assert f"set --date to {date.today()}" in caplog.text
+    with pytest.raises(ValueError, match=r"date \(2026-01-05\) fixes .* and this one writes none"):
+        fix_day(chat_tokenizer("phi4"), DAY, None, "date")
+    assert fix_day(chat_tokenizer("phi4"), None, tmp_path / "other/date", "date") is None
     assert not (tmp_path / "other").exists()
 
 
-def test_the_model_argument_date():
-    arguments = {"date": "2026-01-05", "dtype": "float32"}
-    assert take_date(arguments) == DAY
-    assert arguments == {"dtype": "float32"}
-    assert take_date({}) is None
-    with pytest.raises(ValueError, match="date='tomorrow' is no date"):
-        take_date({"date": "tomorrow"})
+def test_a_day_in_settings():
+    assert day_of("2026-01-05", "date") == DAY
+    assert day_of(None, "date") is None
+    with pytest.raises(ValueError, match="--date 'tomorrow' is no date: write it as"):
+        day_of("tomorrow", "--date")
+
+
+def test_the_day_of_an_evaluation_and_of_generated_traces(tmp_path):
+    """Refused where the embedded model's tokenizer has no template that would write it, before a model is loaded."""
+    with pytest.raises(ValueError, match="date 'x' is no date"):
+        EvictionLM("tiny", date="x")
+    with pytest.raises(ValueError, match="--date 'x' is no date"):
+        generate_traces(Arguments(model="tiny", source="x.jsonl", output=tmp_path / "x.jsonl", date="x"))
 
 
 def test_a_fixed_template_is_fixed_for_good():

@@ -2,21 +2,15 @@
 
 import logging
 from collections.abc import Sequence
-from datetime import date
-from pathlib import Path
 from typing import Any
 
 import transformers
 
 from vkvtrain.cache import grows
-from vkvtrain.clock import depends_on_date, fix_date
 from vkvtrain.config import EvictionConfig
 from vkvtrain.support import LayerKind
 
 logger = logging.getLogger(__name__)
-
-DATE = "date"
-"""File of a journal's directory."""
 
 _REFUSED = {
     "tp_plan": "a head's share of a layer would evict on its own; use data parallelism, or parallelize=True",
@@ -53,42 +47,6 @@ def take_eviction_config(arguments: dict[str, Any]) -> EvictionConfig:
     if given and "policy" not in given:
         raise ValueError(f"{', '.join(given)} given without a policy: add policy=vase_attnv, or remove them")
     return EvictionConfig(**given) if given else EvictionConfig(policy="full")
-
-
-def take_date(arguments: dict[str, Any]) -> date | None:
-    """The day that the chat template writes: `date` among model arguments, which is removed from them."""
-    given = arguments.pop("date", None)
-    try:
-        return None if given is None else date.fromisoformat(str(given))
-    except ValueError:
-        raise ValueError(f"date={given!r} is no date: write it as 2026-11-24") from None
-
-
-def fix_day(tokenizer: Any, given: date | None, journal: Path | None) -> date | None:
-    """Fix the day that a chat template writes: the one given, the journal's, or today; None where it writes none.
-
-    A journal remembers the day that its first run began, so that the same command goes on the day after.
-
-    Raises:
-        ValueError: a date for a template that writes none, or another one than the journal's.
-    """
-    prompt = [{"role": "user", "content": "?"}]
-    if not depends_on_date(tokenizer, lambda: tokenizer.apply_chat_template(prompt, tokenize=False)):
-        if given is not None:
-            raise ValueError(f"date={given} fixes the day that a chat template writes, and this one writes none")
-        return None
-    path = None if journal is None else journal / DATE
-    began = date.fromisoformat(path.read_text().strip()) if path is not None and path.is_file() else None
-    if given is not None and began not in (None, given):
-        raise ValueError(f"date={given} is not the day that the journal began on ({began}): leave it out")
-    day = given or began or date.today()
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(f"{day}\n")
-    elif given is None:
-        logger.warning("the chat template writes today's date: give date=%s to have the same prompts another day", day)
-    fix_date(tokenizer, day)
-    return day
 
 
 def take_compile(arguments: dict[str, Any], kinds: Sequence[LayerKind]) -> bool:

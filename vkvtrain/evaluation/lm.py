@@ -26,12 +26,11 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, po
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
+from vkvtrain.clock import day_of, fix_day
 from vkvtrain.evaluation.arguments import (
     check_arguments,
-    fix_day,
     own_generation_settings,
     take_compile,
-    take_date,
     take_eviction_config,
 )
 from vkvtrain.evaluation.records import (
@@ -86,7 +85,8 @@ class EvictionLM(_HFLM):
         self.eviction = take_eviction_config(arguments)
         journal = arguments.pop("journal", None)
         self.journal = None if journal is None else Path(str(journal))
-        given = take_date(arguments)
+        day = arguments.pop("date", None)
+        day = day_of(None if day is None else str(day), "date")
         revision = arguments.get("revision") or "main"
         trust = bool(arguments.get("trust_remote_code", False))
         try:
@@ -106,7 +106,7 @@ class EvictionLM(_HFLM):
                 "launch CPU processes with ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes"
             )
         super().__init__(pretrained, backend="causal", **arguments)
-        self.date = fix_day(self.tokenizer, given, self.journal)
+        self.date = fix_day(self.tokenizer, day, self.journal and self.journal / "date", "date")
         self.think_end_token = self._think_end(self.think_end_token)
         if accelerator.num_processes > 1:
             # HFLM counts the visible GPUs of a machine: wrong on CPU, with one GPU a rank, or on several machines

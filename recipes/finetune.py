@@ -16,7 +16,7 @@ policy, or several, drawn per step or annealed; LoRA through peft; one or many p
 Writes the adapter, eviction_config.json, recipe.yaml, metrics.jsonl, environment.json, report.md and training.png to
 `output`. A run that was killed or stopped is continued by the same command, from its newest checkpoint. Bad settings
 are one sentence on standard error and exit status 2, before any model is loaded; a loss that is no use is status 1,
-SIGTERM 143 and Ctrl-C 130, each after a checkpoint.
+SIGTERM 143 and Ctrl-C 130, each after a checkpoint; something that could not be written at the end is status 1 too.
 """
 
 import sys
@@ -24,6 +24,7 @@ import sys
 from vkvtrain.training.interrupts import Interrupted
 from vkvtrain.training.loop import train
 from vkvtrain.training.overrides import describe_settings, load_recipe, parse_command
+from vkvtrain.training.run_directory import Incomplete
 from vkvtrain.training.watch import Failed
 
 
@@ -37,7 +38,7 @@ def main(arguments: list[str]) -> int:
     except ValueError as error:
         print(f"finetune: {error}", file=sys.stderr)
         return 2
-    except Failed as failure:
+    except (Failed, Incomplete) as failure:
         print(f"finetune: {failure}", file=sys.stderr)
         return 1
     except Interrupted as interrupted:

@@ -1,7 +1,9 @@
 """Sweeps: the grid, what is refused before anything runs, and the identity of cells."""
 
 import itertools
+import os
 import re
+import shutil
 
 import pytest
 import torch
@@ -10,9 +12,10 @@ from sweeps import ROOT, adapter, sweep
 
 from vkvtrain import EvictionConfig, simulated_eviction
 from vkvtrain.ablation.grid import load_sweep, without_repeats
-from vkvtrain.ablation.plan import make_plan
+from vkvtrain.ablation.plan import make_plan, what_changed
 from vkvtrain.ablation.tasks import fingerprint
 from vkvtrain.policies import POLICIES
+from vkvtrain.tiny import MODEL_PATH
 
 
 def names(cells):
@@ -159,6 +162,53 @@ def test_a_changed_setting_makes_a_new_cell_and_speed_does_not(tmp_path):
         )
     after = identities(**{**base, "adapters": {"x": adapter(tmp_path / "x", weight=1.0)}})
     assert {name for name, value in after.items() if before[name] != value} == {n for n in before if ": x," in n}
+
+
+def test_what_lies_behind_a_name_makes_another_cell(tmp_path):
+    """A base model or a file of its tokenizer that was overwritten, a helper of a task, a file of its problems."""
+    base = tmp_path / "base"
+    shutil.copytree(MODEL_PATH, base)
+    tasks = tmp_path / "tasks"
+    shutil.copytree(ROOT / "eval/tasks", tasks)
+    problems = tmp_path / "problems"
+    problems.mkdir()
+    (problems / "test.jsonl").write_text('{"question": "1"}')
+    text = (tasks / "tiny/keyed_sum.yaml").read_text()
+    (tasks / "tiny/keyed_sum.yaml").write_text(f"{text}\ndataset_kwargs:\n  data_files: {problems}/*.jsonl\n")
+    settings = {"model": str(base), "include_path": str(tasks), "budgets": [64], "policies": ["snapkv"]}
+    (base / "tokenizer.model").write_bytes(b"pieces")
+    seen = [identities(**settings)]
+    for path, content in (
+        (base / "model.safetensors", (base / "model.safetensors").read_bytes()[:-1] + b"\x11"),
+        (base / "tokenizer.model", b"others"),
+        (base / "modeling_code.py", b"pass"),
+        (tasks / "tiny/helper.py", b"x = 1"),
+        (problems / "test.jsonl", b'{"question": "2"}'),
+        (problems / "more.jsonl", b'{"question": "2"}'),
+    ):
+        path.write_bytes(content)
+        seen.append(identities(**settings))
+    for name in seen[0]:
+        assert len({identity[name] for identity in seen}) == len(seen), name
+    (base / "README.md").write_text("other words")
+    assert identities(**settings) == seen[-1]
+
+
+def test_what_changes_while_a_sweep_runs_is_noticed(tmp_path):
+    """The plan has identified what was there when it began; a cell that has run later must be of the same."""
+    base, tasks, own = tmp_path / "base", tmp_path / "tasks", adapter(tmp_path / "x")
+    shutil.copytree(MODEL_PATH, base)
+    shutil.copytree(ROOT / "eval/tasks", tasks)
+    given = sweep(model=str(base), include_path=str(tasks), adapters={"x": own}, budgets=[64], policies=["snapkv"])
+    cells = {planned.cell.model: planned for planned in make_plan(given).cells}
+    assert [what_changed(planned, given) for planned in cells.values()] == [None, None]
+    adapter(tmp_path / "x", weight=2.0)
+    assert what_changed(cells["x"], given) == "the files of model x"
+    assert what_changed(cells["base"], given) is None
+    (tasks / "tiny/keyed_sum.py").write_text((tasks / "tiny/keyed_sum.py").read_text() + "\n")
+    assert what_changed(cells["base"], given) == "the task tiny_keyed_sum, or its data,"
+    os.utime(base / "model.safetensors")
+    assert what_changed(cells["base"], given) == "the files of model base"
 
 
 def test_a_task_is_known_by_its_functions_source_and_not_by_its_place(tmp_path):

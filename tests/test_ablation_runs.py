@@ -124,6 +124,14 @@ def test_finished_cells_are_kept_and_not_run_again(tmp_path, monkeypatch):
     assert again == []
 
 
+def test_a_cell_whose_model_changed_while_it_ran_is_not_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner_module, "what_changed", lambda planned, sweep: "the files of model base")
+    _, failures, _, store = play(tmp_path, monkeypatch, ["well", "well"])
+    assert not store.finished()
+    said = "the files of model base changed after the sweep began, so run the sweep again"
+    assert [(failure.reason, failure.attempts) for failure in failures] == [(said, 1)] * 2
+
+
 def test_a_dead_worker_is_noticed_and_costs_only_its_own_cell(tmp_path, monkeypatch):
     lines, failures, plan, store = play(tmp_path, monkeypatch, ["killed", "well"])
     dead, well = (planned.id for planned in plan.cells)

@@ -3,20 +3,33 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 import two_processes
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from conftest import reset_accelerator
 from safetensors.torch import load_file
-from short_runs import EVICTED, assert_same_adapter, column, metrics, short_recipe
+from short_runs import EVICTED, adapter_bytes, assert_same_adapter, column, metrics, short_recipe
 
 from vkvtrain.training import loop
 from vkvtrain.training.checkpoints import newest_checkpoint
-from vkvtrain.training.launch import asked_of_accelerate, asked_processes, check_engine, check_world_size
+from vkvtrain.training.launch import (
+    asked_of_accelerate,
+    asked_processes,
+    check_engine,
+    check_replicated,
+    check_world_size,
+)
 from vkvtrain.training.loop import train
 
 ROOT = Path(__file__).parents[1]
@@ -153,6 +166,93 @@ def test_an_engine_that_accelerate_drops_silently_is_noticed(monkeypatch):
                 check_engine(accelerator)
 
 
+AMBIENT = {
+    "ACCELERATE_DYNAMO_BACKEND": "inductor",
+    "ACCELERATE_MIXED_PRECISION": "fp16",
+    "ACCELERATE_USE_MEGATRON_LM": "true",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "true",
+}
+
+
+@pytest.mark.parametrize("variable", AMBIENT)
+def test_a_variable_that_would_change_what_is_trained_is_refused_by_name(noise, tmp_path, monkeypatch, variable):
+    monkeypatch.setenv(variable, AMBIENT[variable])
+    monkeypatch.setattr(loop, "load_model", lambda *_: pytest.fail("a model was loaded"))
+    with pytest.raises(ValueError, match=f"sets {variable}={AMBIENT[variable]}: .*supported"):
+        train(recipe(noise, tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_gradients_switched_off_and_another_default_dtype_are_refused(noise, tmp_path):
+    settings = recipe(noise, tmp_path / "run")
+    for switched_off in (torch.no_grad(), torch.inference_mode(), torch.set_grad_enabled(False)):
+        with switched_off, pytest.raises(ValueError, match="gradients are switched off"):
+            train(settings)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with pytest.raises(ValueError, match=r"torch's default dtype is torch.float64.*model.dtype"):
+            train(settings)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+HARMLESS = {
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4",
+    "ACCELERATE_GRADIENT_CLIPPING": "0.001",
+    "ACCELERATE_DYNAMO_BACKEND": "no",
+    "ACCELERATE_MIXED_PRECISION": "no",
+    "ACCELERATE_DEBUG_MODE": "true",
+    "FSDP_ACTIVATION_CHECKPOINTING": "true",
+    "PYTHONHASHSEED": "7",
+}
+
+
+def test_other_variables_and_switches_change_nothing(noise, tmp_path, monkeypatch):
+    sections = {"training": {"steps": 2, "batch_per_device": 4}, "seed": 3}
+    train(recipe(noise, tmp_path / "plain", EVICTED, **sections))
+    reset_accelerator()
+    for variable, value in HARMLESS.items():
+        monkeypatch.setenv(variable, value)
+    torch.use_deterministic_algorithms(True)
+    try:
+        train(recipe(noise, tmp_path / "ambient", EVICTED, **sections))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    plain, ambient = metrics(tmp_path / "plain"), metrics(tmp_path / "ambient")
+    assert column(ambient, "loss") == column(plain, "loss")
+    assert column(ambient, "grad_norm") == column(plain, "grad_norm")
+    assert adapter_bytes(tmp_path / "ambient") == adapter_bytes(tmp_path / "plain")
+
+
+def test_evaluation_refuses_sharded_weights(monkeypatch):
+    check_replicated()
+    for variable in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
+        with monkeypatch.context() as patch:
+            patch.setenv(variable, "True")
+            with pytest.raises(ValueError, match=f"sets {variable}, by which weights are sharded"):
+                check_replicated()
+
+
+def test_precision_and_checkpointing_of_an_engine_s_own_configuration_are_refused():
+    def accelerator(kind, **state):
+        plugins = {"deepspeed_plugin": None, "fsdp_plugin": None} | state
+        return SimpleNamespace(
+            distributed_type=kind, mixed_precision="no", is_fsdp2=True, state=SimpleNamespace(**plugins)
+        )
+
+    halved = SimpleNamespace(deepspeed_config={"fp16": {"enabled": True}})
+    with pytest.raises(ValueError, match="mixed_precision fp16 is not supported"):
+        check_engine(accelerator(DistributedType.DEEPSPEED, deepspeed_plugin=halved))
+    check_engine(accelerator(DistributedType.DEEPSPEED, deepspeed_plugin=SimpleNamespace(deepspeed_config={})))
+    for checkpointing in (True, False):
+        given = accelerator(DistributedType.FSDP, fsdp_plugin=SimpleNamespace(activation_checkpointing=checkpointing))
+        expected = (
+            pytest.raises(ValueError, match=r"set model.gradient_checkpointing") if checkpointing else nullcontext()
+        )
+        with expected:
+            check_engine(given)
+
+
 def launched(noise, tmp_path, launcher, *arguments, **environment):
     """The training command as `launcher` starts it with further arguments; the process that has ended."""
     path = tmp_path / "recipe.yaml"
@@ -210,6 +310,9 @@ def test_what_accelerate_was_asked_for(tmp_path):
         (["accelerate", "launch", "--config_file", str(config), "train.py"], 3),
         (["accelerate", "launch", "--config_file", str(config), "--num_processes", "1", "train.py"], 1),
         (["accelerate", "launch", "train.py"], 1),
+        (["/opt/env/bin/python", "/opt/env/bin/accelerate-launch", "--num_processes", "2", "train.py"], 2),
+        (["bash", "-c", "cd accelerate_experiments && python train.py"], 1),
+        (["python", "runs/accelerate/start.py", "--num_processes", "2"], 1),
         (["bash"], 1),
         ([], 1),
     ):
@@ -223,3 +326,74 @@ def test_two_cpu_processes_that_accelerate_drops_silently_are_noticed(noise, tmp
     done = launched(noise, tmp_path, launcher, "--dry-run")
     assert done.returncode != 0
     assert "asked for" in done.stderr
+
+
+LAUNCHERS = {
+    "plain": ([], {}),
+    "accelerate": (["-m", "accelerate.commands.launch", "--config_file", "accelerate_configs/cpu.yaml"], {}),
+    "torchrun": (["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"], CPU_PROCESSES),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("launcher", "seconds", "told", "signum", "status"),
+    [
+        ("plain", 3, "launcher", signal.SIGTERM, 143),
+        ("plain", 100, "launcher", signal.SIGTERM, 143),
+        ("plain", 3, "launcher", signal.SIGINT, 130),
+        ("accelerate", 3, "launcher", signal.SIGTERM, -signal.SIGTERM),
+        ("accelerate", 100, "all", signal.SIGTERM, -signal.SIGTERM),
+        ("accelerate", 3, "trainer", signal.SIGTERM, 1),
+        ("torchrun", 3, "launcher", signal.SIGTERM, 1),
+        ("torchrun", 100, "launcher", signal.SIGTERM, 1),
+        ("torchrun", 3, "all", signal.SIGINT, 1),
+        ("torchrun", 3, "launcher", signal.SIGKILL, -signal.SIGKILL),
+    ],
+)
+def test_a_slow_run_ends_in_time_with_its_last_finished_step(tmp_path, launcher, seconds, told, signum, status):
+    """Torch elastic kills its processes 30 s after a signal; `accelerate launch` of one process leaves it behind."""
+    given, environment = LAUNCHERS[launcher]
+    settings = short_recipe(
+        tmp_path / "run",
+        {"data": {"source": "tiny:keyed_sum", "rows": 8}, "training": {"steps": 4, "global_batch": 8}},
+        {"training": {"batch_per_device": 2}, "eviction": {"policy": "vase_attnv", "budget": 64, "window": 16}},
+    )
+    path, log = tmp_path / "recipe.yaml", tmp_path / "log"
+    path.write_text(json.dumps(settings.model_dump(mode="json")))
+    own = {**os.environ, **environment, "SECONDS_A_PASS": str(seconds), "PYTHONPATH": str(ROOT)}
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [sys.executable, *given, "tests/slow_steps.py", str(path)], cwd=ROOT, env=own, stdout=output, stderr=output,
+            start_new_session=True,
+        )  # fmt: skip
+    trainers = []
+    try:
+        wait_until(lambda: "SLOW PASS" in log.read_text() or process.poll() is not None, 200)
+        family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+        trainers = [one for one in family if "tests/slow_steps.py" in one.cmdline()[1:3]]
+        began = time.time()
+        if told == "all":
+            os.killpg(process.pid, signum)
+        else:
+            os.kill(trainers[0].pid if told == "trainer" else process.pid, signum)
+        assert process.wait(timeout=60) == status, log.read_text()[-3000:]
+        _, alive = psutil.wait_procs(trainers, timeout=60)
+        assert not alive
+    finally:
+        for one in trainers:
+            if one.is_running():
+                one.kill()
+    stopped = "stopped by SIGINT" if signum == signal.SIGINT else "stopped by SIGTERM"
+    assert f"{stopped} after step 1; checkpoint checkpoints/step-00000001 is written" in log.read_text()
+    kept = newest_checkpoint(tmp_path / "run")
+    assert kept.name == "step-00000001"
+    assert (kept / "manifest.json").stat().st_mtime - began < 27  # 20, and what a loaded machine adds
+    assert len(metrics(tmp_path / "run")) == 1
+
+
+def wait_until(condition, seconds):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import vkvtrain
 from vkvtrain import EvictionCache, EvictionConfig
 from vkvtrain.cli import main
+from vkvtrain.identity import adapter_hash
 from vkvtrain.publishing.card import escaped
 from vkvtrain.publishing.run import is_path
 from vkvtrain.tiny import MODEL_PATH, task
@@ -397,6 +398,20 @@ def test_a_run_without_an_evaluation_is_refused(tmp_path, capsys):
     assert "has no evaluation (results.json in it or beside it): give one with --results" in refused(
         capsys, run, "--to", tmp_path / "x", "--merge"
     )
+
+
+def test_results_of_other_weights_are_refused(tmp_path, capsys):
+    run = changed_run(tmp_path)
+    path = tmp_path / "measured.json"
+    for adapter, fits in ((adapter_hash(run), True), ("another", False), (None, True)):
+        path.write_text(json.dumps([{**row, "adapter": adapter} for row in RESULTS]))
+        given = [run, "--to", tmp_path / "out", "--base-name", "acme/tiny", "--results", path, "--overwrite"]
+        if fits:
+            publish(*given)
+        else:
+            assert "measured other weights than those that the run holds now: evaluate it" in refused(capsys, *given)
+    said = capsys.readouterr().err
+    assert "older than the adapter" not in said
 
 
 def test_pickles_are_refused(tmp_path, capsys):

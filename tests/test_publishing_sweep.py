@@ -109,6 +109,9 @@ def test_a_sweep_must_have_measured_these_weights(run, tmp_path, capsys):
     assert "measured other weights" in refused(
         capsys, *arguments(run, sweep, tmp_path / "out"), "--results-model", "dense"
     )
+    assert "'base' is the model without this adapter" in refused(
+        capsys, *arguments(run, sweep, tmp_path / "out"), "--results-model", "base"
+    )
     assert "the sweep has no such model (there are: base, eviction, dense)" in refused(
         capsys, *arguments(run, sweep, tmp_path / "out"), "--results-model", "mine"
     )
@@ -118,3 +121,17 @@ def test_a_sweep_without_the_evicted_run_is_refused(run, tmp_path, capsys):
     sweep = write_sweep(tmp_path / "sweep", run, without=[("eviction", POLICY)])
     assert "with the full cache only" in refused(capsys, *arguments(run, sweep, tmp_path / "out"))
     assert "holds no sweep" in refused(capsys, *arguments(run, tmp_path, tmp_path / "out"))
+
+
+def test_a_sweep_must_have_measured_the_adapter_on_its_own_base(run, tmp_path, capsys):
+    sweep = write_sweep(tmp_path / "sweep", run)
+    other = tmp_path / "mine"
+    shutil.copytree(run, other)
+    base = Store(sweep).plan()["models"]["base"]["fingerprint"]
+    for identity, same in (({"base": base}, True), ({}, True), ({"base": "another"}, False)):
+        (other / "environment.json").write_text(json.dumps({"torch": "2", "identity": identity}))
+        if same:
+            publish(*arguments(other, sweep, tmp_path / "out"), "--overwrite")
+        else:
+            said = refused(capsys, *arguments(other, sweep, tmp_path / "out"), "--overwrite")
+            assert f"on another base model than that of its training ({base} instead of another)" in said

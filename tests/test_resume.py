@@ -1,5 +1,6 @@
 """Runs that are killed, told to stop, or run out of disk, and go on: the same adapter as without."""
 
+import errno
 import json
 import os
 import random
@@ -10,22 +11,30 @@ import subprocess
 import sys
 import time
 import warnings
+from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import reset_accelerator
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from short_runs import adapter_bytes, metrics, short_recipe
 from transformers import AutoModelForCausalLM
 
+from vkvtrain.identity import model_identity
+from vkvtrain.locking import locked
 from vkvtrain.tiny import MODEL_PATH
-from vkvtrain.training import checkpoints, loop, resume
+from vkvtrain.training import checkpoints, interrupts, loop, resume
 from vkvtrain.training.checkpoints import CHECKPOINTS, MANIFEST, newest_checkpoint, what_is_wrong, write_checkpoint
+from vkvtrain.training.data import load_data
 from vkvtrain.training.interrupts import Interrupted, interruptible
 from vkvtrain.training.logs import MetricsFile, read_metrics
 from vkvtrain.training.loop import train
 from vkvtrain.training.objectives import ModelWithLoss
+from vkvtrain.training.run_directory import FINISHED, Incomplete
 from vkvtrain.training.settings import Recipe
 from vkvtrain.training.watch import PATIENCE, Failed, Watch
 
@@ -326,6 +335,257 @@ def test_other_data_do_not_continue_a_run(stopped, monkeypatch):
     monkeypatch.setattr(resume, "fingerprint", lambda data: "another")
     with pytest.raises(ValueError, match=r"holds checkpoints of a run on other data \(data.source has changed\)"):
         train(stopped)
+
+
+def edited(part, change):
+    """`load_data` with a change to the rows of one part, as if their file had been edited."""
+
+    def load(*args, **kwargs):
+        data = load_data(*args, **kwargs)
+        rows = getattr(data, part)
+        change(rows)
+        return data
+
+    return load
+
+
+def other_label(rows):
+    rows[1].input_ids[-2] ^= 1
+
+
+def other_loss_mask(rows):
+    rows[1].prompt_length += 1
+
+
+def exchanged(rows):
+    rows[0].input_ids, rows[1].input_ids = rows[1].input_ids, rows[0].input_ids
+
+
+@pytest.mark.parametrize("change", [other_label, other_loss_mask, exchanged, list.pop])
+@pytest.mark.parametrize("part", ["train", "held_out"])
+def test_edited_rows_do_not_continue_a_run(tmp_path, monkeypatch, part, change):
+    """Labels under the same lengths, where the loss begins, held-out rows."""
+    settings = stop_after(recipe(tmp_path / "run", data={"held_out": 2}), 1)
+    monkeypatch.setattr(loop, "load_data", edited(part, change))
+    with pytest.raises(ValueError, match=r"on other data \(data.source has changed\)"):
+        train(settings)
+    monkeypatch.setattr(loop, "load_data", load_data)
+    train(settings)
+
+
+def test_a_base_model_that_was_overwritten_does_not_continue_a_run(tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(MODEL_PATH, base)
+    settings = stop_after(recipe(tmp_path / "run", model={"name": str(base)}), 1)
+    weights = load_file(base / "model.safetensors")
+    next(iter(weights.values())).view(-1)[5] += 1
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"on another base model \(what '.*base' names has changed\).*--overwrite"):
+        train(settings)
+
+
+def test_a_checkpoint_says_which_commit_of_the_hub_it_was_trained_on():
+    config = SimpleNamespace(_commit_hash="abc")
+    assert model_identity("org/name", config, None) == "org/name@abc"
+    assert model_identity("org/name", SimpleNamespace(), "main") == "org/name@main"
+
+
+def test_two_runs_in_one_output_at_once_are_refused(stopped):
+    """A run in another process holds the output as long as it lives, also one that was killed."""
+    with locked(stopped.output, "somebody"), pytest.raises(ValueError, match=r"output .* is in use by another run"):
+        train(stopped)
+    seen = []
+
+    def second(run):
+        reset_accelerator()
+        with pytest.raises(ValueError, match="in use by another run"):
+            train(stopped)
+        seen.append(run.step)
+        raise Failed("seen")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "next_step", second)
+        with pytest.raises(Failed, match="seen"):
+            train(stopped)
+    assert seen == [3]
+    assert len(logged(stopped.output)) == 3
+    train(stopped)
+
+
+def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("vkvtrain.locking.fcntl.flock", no_locks)
+    with pytest.warns(UserWarning, match=r"cannot be locked \(No locks available\)"), locked(tmp_path, "x"):
+        pass
+
+
+def test_other_versions_are_said_where_a_run_continues(stopped, capsys):
+    path = stopped.output / "environment.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"torch": "1.0"}))
+    train(stopped)
+    assert f"(torch {version('torch')} instead of 1.0)" in capsys.readouterr().out
+
+
+def full(*_, **__):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def unwritable(*_, **__):
+    raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+
+def broken(*_, **__):
+    raise TypeError("a tokenizer that cannot be saved")
+
+
+@pytest.mark.parametrize(
+    ("place", "failure"),
+    [
+        ("vkvtrain.config.EvictionConfig.save_pretrained", full),
+        ("peft.PeftModel.save_pretrained", full),
+        ("peft.PeftModel.save_pretrained", unwritable),
+        ("vkvtrain.training.run_directory.sync", full),
+        ("transformers.PreTrainedTokenizerBase.save_pretrained", broken),
+    ],
+)
+def test_what_fails_at_the_final_save_does_not_lose_the_last_step(whole, tmp_path, monkeypatch, capsys, place, failure):
+    settings = recipe(tmp_path / "run", checkpoint={"every": 4})
+    with monkeypatch.context() as patch:
+        patch.setattr(place, failure)
+        says = "cannot be saved" if failure is broken else r"could not be written.*No space left.*finishes the run"
+        with pytest.raises(TypeError if failure is broken else Incomplete, match=says):
+            train(settings)
+    assert f"the last step is kept: checkpoints/step-0000000{STEPS}" in capsys.readouterr().out
+    assert not (settings.output / FINISHED).exists()
+    assert not (settings.output / ".unfinished").exists()
+    monkeypatch.setattr(loop, "next_step", lambda *_: pytest.fail("a step was taken"))
+    train(settings)
+    assert adapter_bytes(settings.output) == adapter_bytes(whole)
+    assert logged(settings.output) == logged(whole)
+
+
+def test_a_full_disk_at_the_end_gives_up_older_checkpoints_before_the_last_step(whole, tmp_path, monkeypatch, capsys):
+    """No room for another checkpoint beside the two that are there, until one of them is removed."""
+    settings, inner = recipe(tmp_path / "run", checkpoint={"every": 2}), checkpoints.write_file
+
+    def limited(path, content):
+        if len(list(path.parents[1].glob("step-*[0-9]"))) > 1 and path.parent.name.startswith("step-00000006"):
+            full()
+        inner(path, content)
+
+    monkeypatch.setattr(checkpoints, "write_file", limited)
+    with monkeypatch.context() as patch:
+        patch.setattr("peft.PeftModel.save_pretrained", full)
+        with pytest.warns(UserWarning, match="step 6 could not be written"), pytest.raises(Incomplete):
+            train(settings)
+    assert "the last step is kept: checkpoints/step-00000006" in capsys.readouterr().out
+    train(settings)
+    assert adapter_bytes(settings.output) == adapter_bytes(whole)
+
+
+@pytest.mark.parametrize("place", ["vkvtrain.training.ending.write_report", "matplotlib.figure.Figure.savefig"])
+def test_a_report_that_fails_leaves_a_finished_run(whole, tmp_path, monkeypatch, finetune, capsys, place):
+    settings = recipe(tmp_path / "run")
+    path = tmp_path / "recipe.yaml"
+    path.write_text(json.dumps(settings.model_dump(mode="json")))
+    monkeypatch.setattr(place, broken)
+    assert finetune([str(path)]) == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("finetune: the run is finished and its adapter is in ")
+    assert "report.md could not be written (a tokenizer that cannot be saved)" in said
+    assert adapter_bytes(settings.output) == adapter_bytes(whole)
+
+
+def test_a_tracker_that_fails_takes_nothing_along(whole, tmp_path, monkeypatch):
+    settings = recipe(tmp_path / "run", log={"tracker": "tensorboard"})
+    monkeypatch.setattr("accelerate.Accelerator.log", full)
+    monkeypatch.setattr("accelerate.Accelerator.end_training", broken)
+    with pytest.warns(UserWarning, match=r"the tracker failed \(.*No space left.*metrics.jsonl goes on"):
+        train(settings)
+    assert adapter_bytes(settings.output) == adapter_bytes(whole)
+
+
+def test_a_step_is_given_up_between_two_forward_passes(whole, tmp_path):
+    """At the signal weights are those of the last finished step, and nothing of the abandoned one is left."""
+    settings, inner = recipe(tmp_path / "run"), ModelWithLoss.forward
+    passes = []
+
+    def signalled(self, *args, **kwargs):
+        passes.append(None)
+        if len(passes) == 7:  # the first of two passes of step 4
+            os.kill(os.getpid(), signal.SIGTERM)
+        return inner(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ModelWithLoss, "forward", signalled)
+        with pytest.raises(Interrupted, match="after step 3; checkpoint checkpoints/step-00000003 is written"):
+            train(settings)
+    assert len(passes) == 7
+    train(settings)
+    assert adapter_bytes(settings.output) == adapter_bytes(whole)
+
+
+def test_before_its_first_step_is_finished_nothing_is_kept(tmp_path):
+    settings, inner = recipe(tmp_path / "run"), ModelWithLoss.forward
+
+    def signalled(self, *args, **kwargs):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return inner(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ModelWithLoss, "forward", signalled)
+        with pytest.raises(Interrupted, match="before its first step was finished; the same command begins again"):
+            train(settings)
+    assert newest_checkpoint(settings.output) is None
+
+
+@pytest.mark.parametrize("where", ["evaluation", "step"])
+def test_a_run_that_does_not_get_on_is_ended_from_outside(whole, tmp_path, where):
+    """In a step, or in the evaluation after it, whose step is finished: its row is logged, and it is kept."""
+    settings = recipe(tmp_path / "run", checkpoint={"every": 100}, data={"held_out": 2})
+
+    def stuck(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(100)
+
+    def before():
+        interrupts.PATIENCE = 1.0
+        if where == "evaluation":
+            loop.held_out_losses = stuck
+        else:
+            inner = loop.train_step
+            loop.train_step = lambda run: stuck() if run.step == 2 else inner(run)
+
+    settings = settings.model_copy(update={"log": settings.log.model_copy(update={"evaluate_every": 2})})
+    if where == "step":
+        settings = settings.model_copy(update={"data": settings.data.model_copy(update={"held_out": 0})})
+    assert in_another_process(settings, before) == 143
+    assert newest_checkpoint(settings.output).name == "step-00000002"
+    assert [row["step"] for row in logged(settings.output)] == [1, 2]
+    train(settings)
+    assert [row["step"] for row in logged(settings.output)] == list(range(1, STEPS + 1))
+    if where == "step":
+        assert adapter_bytes(settings.output) == adapter_bytes(whole)
+
+
+def test_a_launcher_that_is_gone_counts_as_sigterm():
+    with interruptible(lambda: 1, launcher=os.getppid() + 1) as interrupt:
+        deadline = time.monotonic() + 20
+        while not interrupt.signum and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert interrupt.signum == signal.SIGTERM
+
+
+def test_one_ctrl_c_that_a_launcher_passes_on_is_not_two(monkeypatch):
+    with interruptible(launcher=os.getppid()) as interrupt:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+        assert interrupt.signum == signal.SIGINT
+        monkeypatch.setattr(interrupts, "ONE_PRESS", 0.0)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_where_it_goes_and_what_is_logged_may_change(whole, stopped, tmp_path):

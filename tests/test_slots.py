@@ -1,6 +1,7 @@
 """The slot engine: answers that depend on their own request alone, sampling, stops, the journal, what is refused."""
 
 import json
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -13,8 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from vkvtrain import EvictionCache, EvictionConfig
 from vkvtrain.events import evictions_by, peak_entries
-from vkvtrain.generation import Completion, Request, Sampling, generate
+from vkvtrain.generation import Completion, Request, Sampling, generate, journal
 from vkvtrain.generation.engine import _Engine
+from vkvtrain.generation.journal import weights_of
 from vkvtrain.generation.sampling import Sampler
 from vkvtrain.noise import stream_key, token_gumbel
 from vkvtrain.tiny import MODEL_PATH, task
@@ -328,6 +330,57 @@ def test_a_changed_request_is_not_taken_from_the_journal(tmp_path, embedded, tok
         assert lines(adapted) == 11
     adapted.base_model.model.model.layers[0].self_attn.q_proj.scaling["default"] = 3.0
     assert lines(adapted) == 12
+
+
+def test_a_journal_says_why_it_has_nothing_of_what_is_asked(tmp_path, embedded, tokenizer):
+    path = tmp_path / "journal.jsonl"
+    (request,) = requests_of(tokenizer, pairs=(4,))
+
+    def ask(asked, config=CONFIG):
+        return generate(embedded, config, [asked], slots=1, end_tokens=(), journal=path)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ask(request)
+        ask(request)
+        ask(replace(request, stream=(7, 1)))  # another problem or attempt: nothing that one would expect to be there
+    dated = replace(request, prompt=request.prompt[1:])
+    with pytest.warns(UserWarning, match=r"different in prompt \(a chat template may write the day's date\): none of"):
+        ask(dated)
+    with pytest.warns(UserWarning, match="different in eviction: none of them is taken"):
+        ask(request, CONFIG.model_copy(update={"seed": 1}))
+    lines = [{**json.loads(line), "parts": {}} for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    before = len(lines)
+    ask(request)  # what an earlier version wrote
+    assert len(path.read_text().splitlines()) == before
+
+
+def test_weights_that_changed_places_are_other_weights():
+    model = torch.nn.Linear(4, 3)
+    seen = {weights_of(model)}
+    with torch.no_grad():
+        for change in (lambda w: w.flip(0), lambda w: w.flip(1), lambda w: w.roll(1), lambda w: -w):
+            model.weight.copy_(change(model.weight))
+            seen.add(weights_of(model))
+    assert len(seen) == 5
+    half = torch.nn.Linear(4, 3).to(torch.bfloat16)
+    before = weights_of(half)
+    with torch.no_grad():
+        half.weight.copy_(half.weight.flip(1))
+    assert weights_of(half) != before
+    with torch.no_grad():
+        half.weight.copy_(half.weight.flip(1))
+    assert weights_of(half) == before
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 12, 1000])
+def test_a_hash_of_weights_does_not_depend_on_how_it_is_computed(monkeypatch, chunk):
+    torch.manual_seed(0)
+    model = torch.nn.Linear(4, 3)
+    expected = weights_of(model)
+    monkeypatch.setattr(journal, "_CHUNK", chunk)
+    assert weights_of(model) == expected
 
 
 def test_a_file_that_is_no_journal(tmp_path, embedded, tokenizer):

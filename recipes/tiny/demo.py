@@ -24,8 +24,10 @@ from rich.console import Console
 from rich.table import Table
 
 from vkvtrain.ablation.statistics import interval, paired_interval
+from vkvtrain.identity import adapter_hash
 from vkvtrain.tiny import MODEL_PATH
-from vkvtrain.training.run_directory import FINISHED
+from vkvtrain.training.run_directory import FINISHED, RECIPE
+from vkvtrain.training.settings import recipe_values
 
 ROOT = Path(__file__).parents[2]
 RECIPES = {"eviction_lora": "recipes/tiny/vase.yaml", "dense_lora": "recipes/tiny/dense.yaml"}
@@ -64,6 +66,9 @@ def train(settings: Settings, model: str) -> Path:
     """Train an adapter unless it is there; returns its directory."""
     directory = settings.output / model
     if (directory / FINISHED).exists():
+        recipe = recipe_values(directory / RECIPE)
+        if recipe["seed"] != settings.seed or settings.steps not in (None, recipe["training"]["steps"]):
+            sys.exit(f"demo: {directory} holds a run of another seed or other steps: choose another --output")
         print(f"{directory} is finished and kept")
         return directory
     command = ["accelerate", "launch", "--config_file", "accelerate_configs/cpu.yaml", "recipes/finetune.py"]
@@ -101,8 +106,8 @@ def run(command: list[str]) -> None:
         sys.exit(f"demo: stopped, because this command failed: {' '.join(command)}")
 
 
-def result(settings: Settings, model: str, budget: int | None, samples: Samples) -> dict[str, Any]:
-    """A row of results.json."""
+def result(settings: Settings, model: str, budget: int | None, samples: Samples, adapter: str | None) -> dict[str, Any]:
+    """A row of results.json; `adapter` is the hash of what was measured."""
 
     def average(name: str) -> float:
         return mean(sample[name] for sample in samples)
@@ -115,6 +120,7 @@ def result(settings: Settings, model: str, budget: int | None, samples: Samples)
         "compression": 1.0 if budget is None else round(average("final_length") / budget, 3),
         "n": len(samples),
         "seed": settings.seed,
+        "adapter": adapter,
         "exact_match": interval([sample["exact_match"] for sample in samples]),
         "fact_match": average("fact_match"),
         "tokens": round(average("tokens"), 1),
@@ -204,8 +210,9 @@ def main(settings: Settings) -> None:
     for model in RECIPES:
         train(settings, model)
     trained = time.monotonic()
+    adapters = {model: adapter_hash(settings.output / model) for model in RECIPES}
     samples = {(model, budget): evaluate(settings, model, budget) for model, budget in CELLS}
-    results = [result(settings, model, budget, samples[model, budget]) for model, budget in CELLS]
+    results = [result(settings, model, budget, samples[model, budget], adapters.get(model)) for model, budget in CELLS]
     notes = differences(samples)
     notes.append(f"training took {trained - began:.0f} s, the evaluations {time.monotonic() - trained:.0f} s")
     (settings.output / "results.json").write_text(json.dumps(results, indent=2) + "\n")

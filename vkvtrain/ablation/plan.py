@@ -15,14 +15,12 @@ from typing import Any
 import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
-from tqdm import tqdm
 
 from vkvtrain.ablation.grid import BASE, Cell, ModelEntry, Sweep, without_repeats
 from vkvtrain.ablation.tasks import TaskInfo, find_tasks
+from vkvtrain.identity import ADAPTER, adapter_hash, commit_of, decisive_files, model_identity, stamp_of
 from vkvtrain.support import layer_kinds
 from vkvtrain.tiny import MODEL_PATH
-
-ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 
 
 @dataclass(frozen=True)
@@ -36,6 +34,7 @@ class Model:
         revision: commit on the Hub; None for a directory.
         peft: directory of the adapter.
         fingerprint: hash of the files in a directory, or name and commit on the Hub; `+` the adapter's hash.
+        stamp: sizes and times of change of those files.
     """
 
     name: str
@@ -44,6 +43,7 @@ class Model:
     revision: str | None
     peft: str | None
     fingerprint: str
+    stamp: str
 
 
 @dataclass(frozen=True)
@@ -130,6 +130,7 @@ def identity(sweep: Sweep, cell: Cell, model: Model, task: TaskInfo, limit: int 
         "model_args": sweep.model_args,
         "apply_chat_template": sweep.apply_chat_template,
         "vkvtrain": version("vkvtrain"),
+        "lm_eval": version("lm_eval"),
     }
     return hashlib.blake2b(json.dumps(decisive, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
@@ -151,19 +152,29 @@ def resolve_model(name: str, entry: ModelEntry, sweep: Sweep) -> Model:
         config = transformers.AutoConfig.from_pretrained(pretrained, revision=revision, trust_remote_code=trust)
     except (OSError, ValueError) as error:
         raise ValueError(f"{where}: {given!r} cannot be loaded: {' '.join(str(error).split())}") from None
-    commit, base = None, pretrained
-    if Path(pretrained).is_dir():
-        directory = Path(pretrained)
-        decisive = [file for kind in ("*.safetensors", "*.json", "*.jinja") for file in sorted(directory.glob(kind))]
-        base = hash_of(decisive, directory)
-    else:
-        commit = getattr(config, "_commit_hash", None) or revision
-        base = f"{pretrained}@{commit}"
+    commit = None if Path(pretrained).is_dir() else commit_of(config) or revision
+    stamp = stamp_of(model_files(pretrained, None))  # before the hash: what changes while it is computed is noticed
+    base = model_identity(pretrained, config, revision)
     if entry.peft is None:
-        return Model(name, given, pretrained, commit, None, base)
+        return Model(name, given, pretrained, commit, None, base, stamp)
     directory = adapter_directory(where, entry.peft)
-    adapter = hash_of([directory / part for part in ADAPTER], directory)
-    return Model(name, given, pretrained, commit, str(directory), f"{base}+{adapter}")
+    stamp = stamp_of(model_files(pretrained, str(directory)))
+    return Model(name, given, pretrained, commit, str(directory), f"{base}+{adapter_hash(directory)}", stamp)
+
+
+def model_files(pretrained: str, peft: str | None) -> list[Path]:
+    """The files on this machine that decide what a model of the sweep computes."""
+    base = decisive_files(Path(pretrained)) if Path(pretrained).is_dir() else []
+    return base + ([] if peft is None else [Path(peft) / part for part in ADAPTER])
+
+
+def what_changed(planned: PlannedCell, sweep: Sweep) -> str | None:
+    """What of a cell's model or task is no longer what the plan identified it by; None if nothing is."""
+    model, entry = planned.model, planned.cell.task
+    if stamp_of(model_files(model.pretrained, model.peft)) != model.stamp:
+        return f"the files of model {model.name}"
+    now = find_tasks(sweep.model_copy(update={"tasks": [entry]}))[entry.task]
+    return None if now.fingerprint == planned.task.fingerprint else f"the task {entry.task}, or its data,"
 
 
 def adapter_directory(where: str, peft: str) -> Path:
@@ -182,20 +193,6 @@ def adapter_directory(where: str, peft: str) -> Path:
     if missing:
         raise ValueError(f"{where}: {peft!r} has no {missing[0]}; is it the directory of a finished adapter?")
     return directory
-
-
-def hash_of(files: list[Path], directory: Path) -> str:
-    """Hash of the contents of files, large ones with a progress bar."""
-    total = hashlib.blake2b()
-    size = sum(file.stat().st_size for file in files)
-    with tqdm(total=size, unit="B", unit_scale=True, desc=f"hashing {directory}", disable=size < 2**30) as bar:
-        for file in files:
-            total.update(file.name.encode())
-            with file.open("rb") as stream:
-                while chunk := stream.read(2**24):
-                    total.update(chunk)
-                    bar.update(len(chunk))
-    return total.hexdigest()[:16]
 
 
 def check_models(models: Iterable[Model], cells: Sequence[Cell], trust: bool) -> None:

@@ -21,7 +21,7 @@ from typing import Any, Protocol
 import torch
 
 from vkvtrain.ablation.grid import Sweep
-from vkvtrain.ablation.plan import Plan, PlannedCell, settings_of, versions
+from vkvtrain.ablation.plan import Plan, PlannedCell, settings_of, versions, what_changed
 from vkvtrain.ablation.samples import read_rows
 from vkvtrain.ablation.store import Store
 
@@ -200,6 +200,8 @@ class Runner:
             began = time.monotonic()
             reason, hopeless = await self._attempt(command, slot, directory)
             seconds = time.monotonic() - began
+            if reason is None and (changed := await asyncio.to_thread(what_changed, planned, self.plan.sweep)):
+                reason, hopeless = f"{changed} changed after the sweep began, so run the sweep again", True
             if reason is None:
                 try:
                     rows = read_rows(directory / "lm-eval", planned.task)

@@ -7,7 +7,6 @@ A file appears by being renamed, complete, so any number of writers cannot corru
     work/ID/         a cell's eviction setting, log, and lm-eval's own output; failure.json if it failed
 """
 
-import fcntl
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -18,6 +17,8 @@ from typing import Any
 import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from vkvtrain.locking import locked
 
 ABOUT = b"vkvtrain"
 """Key of a file's own description (settings, versions, machine, seconds) in its Parquet metadata, JSON."""
@@ -83,16 +84,9 @@ class Store:
         Raises:
             ValueError: another sweep runs there.
         """
-        self.directory.mkdir(parents=True, exist_ok=True)
-        with (self.directory / "lock").open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ValueError(
-                    f"output {str(self.directory)!r} is in use by another sweep, or by a cell that a killed one left "
-                    "behind: wait for it, or end it"
-                ) from None
-            yield file.fileno()
+        held_by = "another sweep, or by a cell that a killed one left behind: wait for it, or end it"
+        with locked(self.directory, held_by) as descriptor:
+            yield descriptor
 
     def write_plan(self, plan: dict[str, Any]) -> None:
         """Write `plan.json`."""

@@ -1,10 +1,11 @@
 """What a sweep must know of lm-eval's tasks before they run: grade, filter, repeats, sampling, a fingerprint."""
 
+import glob
 import hashlib
 import importlib.util
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,9 @@ from vkvtrain.config import nearest
 
 GRADES = ("exact_match", "acc")
 """Metrics that are taken for the grade where a sweep names none, in this order."""
+NAMES_DATA = ("dataset_path", "dataset_kwargs")
+"""Settings of a task that can name files."""
+DATA_FILES = (".json", ".jsonl", ".parquet", ".csv", ".tsv", ".txt")
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,7 @@ class TaskInfo:
         repeats: responses to every problem.
         sampled: whether its generation samples.
         settings: generation settings in force; empty for a task that scores continuations.
-        fingerprint: hash of the task's definition and of the source of its functions.
+        fingerprint: hash of the task's definition, of the source of its functions, and of local files that it names.
     """
 
     name: str
@@ -95,18 +99,28 @@ def task_info(entry: TaskEntry, definition: Mapping[str, Any]) -> TaskInfo:
 
 
 def fingerprint(definition: Mapping[str, Any]) -> str:
-    """Hash of a definition: its functions count by the source of their module, not by where it lies."""
+    """Hash of a definition: functions count by the source of their module and of those beside it, and local data files
+    by their contents, not by where they lie."""
 
-    def normal(value: Any) -> Any:
+    def normal(value: Any, names_data: bool = False) -> Any:
         if isinstance(value, Mapping):
-            return {str(key): normal(inner) for key, inner in value.items()}
+            return {str(key): normal(inner, names_data or key in NAMES_DATA) for key, inner in value.items()}
         if isinstance(value, list | tuple):
-            return [normal(inner) for inner in value]
+            return [normal(inner, names_data) for inner in value]
+        if isinstance(value, str) and names_data and (files := data_files(value)):
+            return f"{Path(value).name}:{_hash(files)}"
         if isinstance(value, str) and value.startswith("/") and "." in value:
             return function_source(value)
         return value
 
     return hashlib.blake2b(json.dumps(normal(definition), sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def data_files(value: str) -> list[Path]:
+    """The local files of problems that a setting of a task names: a file, a directory, or a pattern."""
+    path = Path(value).expanduser()
+    named = path.rglob("*") if path.is_dir() else map(Path, glob.glob(str(path)))
+    return sorted(file for file in named if file.suffix in DATA_FILES and file.is_file())
 
 
 def data_hash(entry: TaskEntry) -> str:
@@ -118,7 +132,7 @@ def data_hash(entry: TaskEntry) -> str:
     files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
     if not files or not all(file.is_file() for file in files):
         raise ValueError(f"tasks: {entry.task}: metadata.data: there is no file {str(data)!r}")
-    return ":" + hashlib.blake2b(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
+    return ":" + _hash(files)
 
 
 def function_source(reference: str) -> str:
@@ -134,4 +148,10 @@ def function_source(reference: str) -> str:
         if spec is None or spec.origin is None or not Path(spec.origin).is_file():
             return reference
         source = Path(spec.origin)
-    return f"{source.stem}.{function}:{hashlib.blake2b(source.read_bytes()).hexdigest()[:16]}"
+    beside = sorted(source.parent.glob("*.py"))  # what it may import
+    return f"{source.stem}.{function}:{_hash(beside)}"
+
+
+def _hash(files: Sequence[Path]) -> str:
+    """Hash of the contents of files."""
+    return hashlib.blake2b(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]

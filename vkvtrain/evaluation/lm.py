@@ -4,6 +4,7 @@ Model arguments are HFLM's and the fields of `EvictionConfig` (`policy=vase_attn
 `eviction_config=<directory or repository>`. Without either the cache is full. A PEFT directory's own
 eviction_config.json is never read silently: what an adapter was trained for and what it is evaluated under are separate
 settings. `journal=<directory>` keeps finished generations there: an interrupted run, given again, goes on.
+`date=2026-11-24` is the day that a chat template takes for today, if it writes one.
 `compile=true` decodes by a compiled step, on a GPU as a CUDA graph, where the setting bounds every layer's cache.
 """
 
@@ -24,6 +25,7 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, po
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
+from vkvtrain.clock import day_of, fix_day
 from vkvtrain.evaluation.arguments import (
     check_arguments,
     own_generation_settings,
@@ -51,7 +53,7 @@ from vkvtrain.loading import load_config
 from vkvtrain.noise import canonical_stream
 from vkvtrain.rope import fixed_rope
 from vkvtrain.support import ATTENTION, layer_kinds
-from vkvtrain.training.launch import asked_processes
+from vkvtrain.training.launch import asked_processes, check_replicated
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +86,8 @@ class EvictionLM(_HFLM):
         self.eviction = take_eviction_config(arguments)
         journal = arguments.pop("journal", None)
         self.journal = None if journal is None else Path(str(journal))
+        day = arguments.pop("date", None)
+        day = day_of(None if day is None else str(day), "date")
         revision = arguments.get("revision") or "main"
         trust = bool(arguments.get("trust_remote_code", False))
         try:
@@ -93,6 +97,7 @@ class EvictionLM(_HFLM):
         kinds = layer_kinds(config, self.eviction)
         self.compile = take_compile(arguments, kinds)
         check_generation(own_generation_settings(pretrained, revision))
+        check_replicated()
         self.run = Run()
         self.warnings: list[str] = []
         accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=RANK_TIMEOUT)])
@@ -102,6 +107,7 @@ class EvictionLM(_HFLM):
                 "launch CPU processes with ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes"
             )
         super().__init__(pretrained, backend="causal", **arguments)
+        self.date = fix_day(self.tokenizer, day, self.journal and self.journal / "date", "date")
         self.think_end_token = self._think_end(self.think_end_token)
         if accelerator.num_processes > 1:
             # HFLM counts the visible GPUs of a machine: wrong on CPU, with one GPU a rank, or on several machines
@@ -291,6 +297,8 @@ class EvictionLM(_HFLM):
         info["generation_config"] = (
             self.model.generation_config.to_diff_dict()
         )  # what tasks do not set is taken from it
+        if self.date is not None:
+            info["date"] = str(self.date)  # which the chat template writes
         if self.warnings:
             info["warning"] = "; ".join(self.warnings)
         return {**super().get_model_info(), "eviction": info}

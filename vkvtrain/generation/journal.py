@@ -1,15 +1,18 @@
 """Finished completions on disk, so that an interrupted run goes on where it was.
 
-One JSON object a line: a fingerprint of everything that the completion depends on, and the completion. What was asked
-otherwise, of another model or under another eviction setting is not taken from it.
+One JSON object a line: a fingerprint of everything that the completion depends on, hashes of its parts, and the
+completion. What was asked otherwise, of another model or under another eviction setting is not taken from it, and where
+that leaves nothing, a warning names the parts that are others.
 """
 
 import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Collection, Sequence
+import warnings
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -21,6 +24,10 @@ from vkvtrain.generation.requests import Completion, Request
 from vkvtrain.noise import canonical_stream
 
 _AS_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_CHUNK = 2**24
+"""Weights that are hashed at once."""
+_ODD = 0x2545F4914F6CDD1D
+"""A multiplier whose products spread over all 64 bits (Vigna's xorshift64*)."""
 _VOLATILE = ("_name_or_path", "transformers_version", "use_cache")
 
 
@@ -36,12 +43,13 @@ class Journal:
         ValueError: a file that is not a journal.
     """
 
-    def __init__(self, path: Path, context: str, requests: Sequence[Request]) -> None:
+    def __init__(self, path: Path, context: Mapping[str, str], requests: Sequence[Request]) -> None:
         self.context = context
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = open(path, "ab+", buffering=0)  # noqa: SIM115 (closed by __exit__)
         wanted = {self.fingerprint(request) for request in requests}
         self._found: dict[str, Completion] = {}
+        others: list[Mapping[str, str]] = []
         with self._locked():
             self._file.seek(0)
             end = 0
@@ -50,9 +58,18 @@ class Journal:
                     self._file.truncate(end)
                     break
                 end += len(line)
-                key, completion = _read(line, path, number)
+                key, parts, completion = _read(line, path, number)
                 if key in wanted:
                     self._found[key] = completion
+                else:
+                    others.append(parts)
+        if not self._found and (different := self._different(others, requests)):
+            day = " (a chat template may write the day's date)" if "prompt" in different else ""
+            warnings.warn(
+                f"journal {os.fspath(path)} has answers to other requests only, different in {', '.join(different)}"
+                f"{day}: none of them is taken, and the new ones are added to it",
+                stacklevel=3,
+            )
 
     def __enter__(self) -> Self:
         return self
@@ -62,11 +79,24 @@ class Journal:
     ) -> None:
         self._file.close()
 
+    def parts(self, request: Request) -> dict[str, str]:
+        """Hashes of all that a completion depends on, by name."""
+        asked = asdict(request) | {"stream": canonical_stream(request.stream)}
+        return {**self.context, **{name: _hash(value) for name, value in asked.items()}}
+
     def fingerprint(self, request: Request) -> str:
         """A hash of the request and the context."""
-        asked = asdict(request) | {"stream": canonical_stream(request.stream)}
-        text = json.dumps([self.context, asked], sort_keys=True)
-        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+        return _hash(self.parts(request))
+
+    def _different(self, others: Sequence[Mapping[str, str]], requests: Sequence[Request]) -> list[str]:
+        """In what the completion that is most like a request differs from it, of those with the request's stream."""
+        asked = {parts["stream"]: parts for parts in map(self.parts, requests)}
+        differences = [
+            [name for name, value in asked[other["stream"]].items() if other.get(name) != value]
+            for other in others
+            if other.get("stream") in asked
+        ]
+        return min(differences, key=len, default=[])
 
     def find(self, request: Request) -> Completion | None:
         """The completion that the file held when it was opened, if any."""
@@ -74,7 +104,8 @@ class Journal:
 
     def add(self, request: Request, completion: Completion) -> None:
         """Write a finished completion."""
-        line = json.dumps({"request": self.fingerprint(request), **asdict(completion)}) + "\n"
+        written = {"request": self.fingerprint(request), "parts": self.parts(request), **asdict(completion)}
+        line = json.dumps(written) + "\n"
         with self._locked():
             end = self._file.seek(0, os.SEEK_END)
             try:
@@ -100,29 +131,35 @@ class _Lock:
         fcntl.flock(self.descriptor, fcntl.LOCK_UN)
 
 
-def _read(line: bytes, path: Path, number: int) -> tuple[str, Completion]:
+def _read(line: bytes, path: Path, number: int) -> tuple[str, Mapping[str, str], Completion]:
     try:
         values = json.loads(line)
-        return values.pop("request"), Completion(**values)
+        return values.pop("request"), values.pop("parts", {}), Completion(**values)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"journal: line {number} of {os.fspath(path)} is no completion ({error}): name another file, or remove it"
         ) from None
 
 
-def context_of(model: Any, config: EvictionConfig, end_tokens: Collection[int], tokenizer: Any) -> str:
-    """What completions depend on beside their request: eviction setting, end tokens, tokenizer, model, its weights."""
+def _hash(value: Any) -> str:
+    return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def context_of(model: Any, config: EvictionConfig, end_tokens: Collection[int], tokenizer: Any) -> dict[str, str]:
+    """Hashes of what completions depend on beside their request: eviction setting, end tokens, tokenizer, model, its
+    weights, and this package's version.
+    """
     settings = json.loads(model.config.to_json_string(use_diff=False))
     vocabulary = None if tokenizer is None else sorted(tokenizer.get_vocab().items())
-    parts = {
-        "eviction": config.model_dump(mode="json"),
-        "end_tokens": sorted(end_tokens),
-        "model": {name: value for name, value in settings.items() if name not in _VOLATILE},
-        "adapters": _adapters_of(model),
+    return {
+        "eviction": _hash(config.model_dump(mode="json")),
+        "end_tokens": _hash(sorted(end_tokens)),
+        "model": _hash({name: value for name, value in settings.items() if name not in _VOLATILE}),
+        "adapters": _hash(_adapters_of(model)),
         "weights": weights_of(model),
-        "vocabulary": hashlib.blake2b(repr(vocabulary).encode(), digest_size=16).hexdigest(),
+        "vocabulary": _hash(vocabulary),
+        "vkvtrain": version("vkvtrain"),
     }
-    return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def _adapters_of(model: torch.nn.Module) -> list[str]:
@@ -140,10 +177,16 @@ def _adapters_of(model: torch.nn.Module) -> list[str]:
 def weights_of(model: torch.nn.Module) -> str:
     """A hash of the names, shapes and bits of a model's weights, the same on every device.
 
-    The bits of each tensor are added up as integers, so that a model of billions of parameters takes a moment.
+    The bits of each tensor are added up as integers, each multiplied by an odd number that depends on its place, so
+    that a model of billions of parameters takes a moment, and weights that changed places are other weights.
     """
     found = hashlib.blake2b(digest_size=16)
     for name, tensor in model.state_dict(keep_vars=True).items():
-        bits = tensor.detach().contiguous().view(_AS_INTEGERS[tensor.element_size()])
-        found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {int(bits.sum(dtype=torch.int64))}\n".encode())
+        bits = tensor.detach().contiguous().view(_AS_INTEGERS[tensor.element_size()]).flatten()
+        total = 0
+        for start in range(0, len(bits), _CHUNK):
+            part = bits[start : start + _CHUNK].to(torch.int64)
+            place = torch.arange(start, start + len(part), device=bits.device)
+            total += int((part * (2 * (place * _ODD ^ place >> 7) + 1)).sum())
+        found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {total % 2**64}\n".encode())
     return found.hexdigest()

@@ -8,9 +8,10 @@ from typing import Annotated
 import tyro
 from huggingface_hub.utils import validate_repo_id
 
+from vkvtrain.identity import adapter_hash
 from vkvtrain.publishing.export import export
 from vkvtrain.publishing.hub import PushError, push
-from vkvtrain.publishing.measured import RESULTS, Evaluation, find_results, read_results
+from vkvtrain.publishing.measured import RESULTS, Evaluation, check_weights, find_results, read_results
 from vkvtrain.publishing.run import read_run
 
 
@@ -64,7 +65,8 @@ def evaluation_of(arguments: Arguments) -> Evaluation | None:
 
         return read_sweep(path, arguments.run, arguments.results_model)
     evaluation = read_results(path, arguments.results_model or arguments.run.resolve().name)
-    if path.stat().st_mtime < (arguments.run / "adapter_model.safetensors").stat().st_mtime:
+    known = check_weights(evaluation, path, adapter_hash(arguments.run))
+    if not known and path.stat().st_mtime < (arguments.run / "adapter_model.safetensors").stat().st_mtime:
         print(f"note: {path} is older than the adapter: is it an evaluation of this one?", file=sys.stderr)
     return evaluation
 

@@ -43,6 +43,8 @@ class Row(BaseModel):
     n: int = Field(ge=1)
     """Problems."""
     seed: int | None = None
+    adapter: str | None = None
+    """Hash of the adapter's files that were measured, see `vkvtrain.identity.adapter_hash`."""
     exact_match: Interval
     fact_match: float | None = None
     gap_closed: Interval | None = None
@@ -144,6 +146,16 @@ def read_results(path: Path, model: str) -> Evaluation:
         number = f"row {int(first['loc'][0]) + 1}: " if first["loc"] else ""
         raise ValueError(f"--results {str(path)!r}: {number}{place}: {first['msg']}".replace(": : ", ": ")) from None
     return checked(Evaluation(rows, model), path)
+
+
+def check_weights(evaluation: Evaluation, path: Path, adapter: str) -> bool:
+    """Whether the rows say that they measured the adapter; raises ValueError where they measured other weights."""
+    measured = {row.adapter for row in evaluation.own}
+    if measured - {None, adapter}:
+        raise ValueError(
+            f"--results {str(path)!r} measured other weights than those that the run holds now: evaluate it again"
+        )
+    return None not in measured
 
 
 def checked(evaluation: Evaluation, path: Path) -> Evaluation:

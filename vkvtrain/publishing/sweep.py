@@ -3,11 +3,12 @@
 from pathlib import Path
 from typing import Any
 
-from vkvtrain.ablation.grid import FULL
-from vkvtrain.ablation.plan import ADAPTER, hash_of
+from vkvtrain.ablation.grid import BASE, FULL
 from vkvtrain.ablation.store import Store
 from vkvtrain.ablation.summary import Setting, Summary, summarise
+from vkvtrain.identity import adapter_hash
 from vkvtrain.publishing.measured import Comparison, Evaluation, Interval, Row, checked
+from vkvtrain.training.run_directory import base_identity
 
 
 def read_sweep(directory: Path, run: Path, name: str | None) -> Evaluation:
@@ -47,7 +48,9 @@ def _model_of(plan: dict[str, Any], directory: Path, run: Path, name: str | None
         key: None if model["peft"] is None else model["fingerprint"].rpartition("+")[2]
         for key, model in plan["models"].items()
     }
-    ours = hash_of([run / part for part in ADAPTER], run)
+    ours = adapter_hash(run)
+    if name == BASE:
+        raise ValueError(f"--results-model {name!r} is the model without this adapter: name the adapter's row")
     if name is None:
         name = next((key for key, adapter in adapters.items() if adapter == ours), None)
     elif name not in adapters:
@@ -58,6 +61,12 @@ def _model_of(plan: dict[str, Any], directory: Path, run: Path, name: str | None
         raise ValueError(
             f"--results {str(directory)!r} measured other weights than those in {str(run)!r} (models: "
             f"{', '.join(adapters)}): run the sweep again with this adapter"
+        )
+    measured, trained = plan["models"][name]["fingerprint"].rpartition("+")[0], base_identity(run)
+    if adapters[name] is not None and trained not in (None, measured):
+        raise ValueError(
+            f"--results {str(directory)!r} measured this adapter on another base model than that of its "
+            f"training ({measured} instead of {trained}): run the sweep again with that one"
         )
     return name
 

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from vkvtrain.clock import day_of, fix_day
 from vkvtrain.generation import Sampling
 from vkvtrain.loading import load_config
 from vkvtrain.support import ATTENTION
@@ -60,6 +61,8 @@ class Arguments:
     """System prompt; none by default."""
     template_kwargs: str = "{}"
     """Arguments of the chat template as JSON, for example '{"enable_thinking": true}'."""
+    date: str | None = None
+    """The day that the chat template takes for today, if it writes one: `2026-11-24`."""
     think_end: str | None = None
     """What ends the model's thoughts, if not `</think>`: `<|channel|>final<|message|>` for gpt-oss."""
     temperature: float = 0.6
@@ -90,6 +93,7 @@ def run(arguments: Arguments) -> Tally:
         ValueError: one sentence that names the setting and the fix, before a model is loaded where that is possible.
     """
     kwargs = checked(arguments)
+    day = day_of(arguments.date, "--date")
     sampling = Sampling(
         temperature=arguments.temperature, top_p=arguments.top_p, top_k=arguments.top_k, seed=arguments.seed
     )
@@ -102,11 +106,13 @@ def run(arguments: Arguments) -> Tally:
         raise ValueError(f"--shard {arguments.shard} of {arguments.source} holds no problem: use fewer shards")
     name = str(MODEL_PATH) if arguments.model == "tiny" else arguments.model
     tokenizer = load_tokenizer(arguments, name)
+    journal = arguments.output.with_name(arguments.output.name + ".journal")
+    fix_day(tokenizer, day, journal.with_name(journal.name + ".date"), "--date")
     prompts = {one.number: messages(one, arguments) for one in todo}
     ids = {number: encode(prompt, tokenizer, kwargs) for number, prompt in prompts.items()}
     accepted, tally = make(
         load_model(arguments, name), tokenizer, todo, ids, sampling, arguments.attempts, arguments.keep,
-        arguments.max_new_tokens, arguments.slots, arguments.output.with_name(arguments.output.name + ".journal"),
+        arguments.max_new_tokens, arguments.slots, journal,
     )  # fmt: skip
     if not accepted:
         raise ValueError(

@@ -3,7 +3,7 @@
     output/checkpoints/step-00000100/
         adapter_config.json, adapter_model.safetensors   an adapter as peft loads it
         training_state.safetensors                       trained weights and AdamW's moments by parameter, float32
-        training_state.json                              step, learning rate, fingerprint of the data
+        training_state.json                              step, learning rate, hashes of the data and of the base
         manifest.json                                    size and SHA-256 of each file; written last
 
 Order of data, eviction, noise and dropout are functions of the recipe and the step, so there is no state of random
@@ -141,6 +141,12 @@ def read_checkpoint(path: Path) -> Checkpoint:
     tensors = load_file(path / TENSORS)
     weights = {name.removeprefix("weight/"): tensors.pop(name) for name in list(tensors) if name.startswith("weight/")}
     return Checkpoint(path, state["step"], weights, tensors, state)
+
+
+def remove_all_but_newest(output: Path) -> None:
+    """Make room: only the newest whole checkpoint is left."""
+    newest = newest_checkpoint(output)
+    _remove([path for path in _places(output / CHECKPOINTS) if path != newest])
 
 
 def remove_checkpoints(output: Path) -> None:

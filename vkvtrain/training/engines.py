@@ -4,7 +4,6 @@ Everything is read and written whole and by name, whatever way an engine shards 
 engines: one written by ZeRO-3 on eight devices continues on one. Adapters are small; the base is never gathered.
 """
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -12,10 +11,11 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, InitProcessGroupKwargs
+from accelerate.utils import DistributedType, GradientAccumulationPlugin, InitProcessGroupKwargs
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from vkvtrain.training.launch import is_asked_for
 from vkvtrain.training.settings import Recipe
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -26,10 +26,12 @@ TIMEOUT = timedelta(minutes=15)
 
 def make_accelerator(recipe: Recipe, trackers: list[str]) -> Accelerator:
     """The accelerator of the launch, with what the recipe says about clipping and batch sizes."""
-    deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
+    deepspeed = is_asked_for("ACCELERATE_USE_DEEPSPEED")
     backend = "gloo" if deepspeed and not torch.cuda.is_available() else None  # deepspeed alone would look for another
     accelerator = Accelerator(
         log_with=list(trackers) or None, project_dir=recipe.output,
+        # the loop accumulates; given as a number, a variable of the environment would replace it and divide gradients
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         kwargs_handlers=[InitProcessGroupKwargs(backend=backend, timeout=TIMEOUT)],
     )  # fmt: skip
     plugin = accelerator.state.deepspeed_plugin

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,10 @@ class MetricsFile:
 
     def append(self, row: dict[str, Any]) -> None:
         self._waiting += json.dumps(row) + "\n"
+        self.attempt()
+
+    def attempt(self) -> None:
+        """Write what waits, or say that it goes on waiting."""
         try:
             self.flush()
         except OSError as error:
@@ -87,15 +92,21 @@ class Log:
             desc=recipe.output.name, mininterval=2,
         )  # fmt: skip
 
-    def write(self, row: dict[str, Any]) -> None:
-        """Add the row of a finished step."""
+    def add(self, row: dict[str, Any]) -> None:
+        """Add a row to `metrics.jsonl` alone."""
         if self._file is not None:
             self._file.append(row)
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Add the row of a finished step."""
+        self.add(row)
+        if self._file is not None:
             seldom = {name: value for name, value in row.items() if name.startswith(("held_out", "generated"))}
             if seldom:
                 self._bar.write(json.dumps({"step": row["step"]} | seldom))
         if self._tracks:
-            self._accelerator.log({name: value for name, value in row.items() if name != "step"}, step=row["step"])
+            values = {name: value for name, value in row.items() if name != "step"}
+            self._track(lambda: self._accelerator.log(values, step=row["step"]))
         self._bar.update()
         self._bar.set_postfix(loss=f"{row['loss']:.4f}", refresh=False)
 
@@ -110,8 +121,16 @@ class Log:
             sync(self._file.path)
 
     def close(self) -> None:
-        """Write what waits and end the trackers."""
+        """Write what waits and end the trackers; says what of it fails, and raises nothing."""
         if self._file is not None:
-            self._file.flush()
+            self._file.attempt()
         self._bar.close()
-        self._accelerator.end_training()
+        self._track(self._accelerator.end_training)
+
+    def _track(self, call: Callable[[], None]) -> None:
+        """Tell the trackers something; from the first failure on nothing."""
+        try:
+            call()
+        except Exception as error:  # a tracker is others' code, and no run may end because of one
+            self._tracks = False
+            warnings.warn(f"the tracker failed ({error}) and is told nothing any more; {METRICS} goes on", stacklevel=3)

@@ -8,8 +8,10 @@ objective, log and run directory each have their module.
 import resource
 import signal
 import time
+from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any
+from functools import partial
+from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator
@@ -17,29 +19,43 @@ from accelerate.utils import gather_object, set_seed
 from transformers import get_scheduler
 
 from vkvtrain.config import EvictionConfig
+from vkvtrain.locking import locked
 from vkvtrain.training.checkpoints import Checkpoint
 from vkvtrain.training.data import Batch, TrainingData, in_batches, load_data, step_batches, step_rows
-from vkvtrain.training.engines import accumulating, gather_weights, make_accelerator, restore_weights
+from vkvtrain.training.ending import finish, report, rescue
+from vkvtrain.training.engines import accumulating, make_accelerator, restore_weights
 from vkvtrain.training.generated import check_generated, generated
 from vkvtrain.training.held_out import held_out_losses, losses
-from vkvtrain.training.interrupts import Interrupt, Interrupted, interruptible
-from vkvtrain.training.launch import asked_processes, check_engine, check_world_size
+from vkvtrain.training.interrupts import Interrupted, StepAbandoned, interruptible
+from vkvtrain.training.launch import (
+    asked_processes,
+    check_engine,
+    check_environment,
+    check_world_size,
+    launcher_process,
+)
 from vkvtrain.training.logs import Log, trackers
 from vkvtrain.training.models import check_model, load_model, load_tokenizer
 from vkvtrain.training.objectives import ModelWithLoss
 from vkvtrain.training.on_policy import Rollout, check_on_policy, log_ratios, roll_out
 from vkvtrain.training.passes import simulation, what_happened
 from vkvtrain.training.plan import plan, shortest
-from vkvtrain.training.report import REPORT, write_report
-from vkvtrain.training.resume import checkpoint_to_continue, restore_run, save_run
+from vkvtrain.training.resume import (
+    checkpoint_to_continue,
+    identity_of,
+    restore_run,
+    save_run,
+    with_date,
+)
 from vkvtrain.training.run import Run
-from vkvtrain.training.run_directory import check_output, finish_run, start_run
+from vkvtrain.training.run_directory import changed_versions, check_output, start_run
 from vkvtrain.training.schedule import step_eviction
 from vkvtrain.training.settings import Recipe
 from vkvtrain.training.watch import Failed, Watch
 
 PARTS = ("loss", "cross_entropy", "divergence", "entropy")
 """What a batch's forward pass sums over its response tokens."""
+HELD_BY = "another run, or by what a killed one left behind: wait for it, end it, or choose another output"
 
 
 def train(recipe: Recipe, dry_run: bool = False, overwrite: bool = False) -> None:
@@ -55,7 +71,9 @@ def train(recipe: Recipe, dry_run: bool = False, overwrite: bool = False) -> Non
         Failed: a loss that is not finite, or has diverged.
         Interrupted: by SIGTERM or Ctrl-C, after a checkpoint.
     """
+    check_environment()
     check_output(recipe.output, overwrite)
+    launcher = launcher_process()
     accelerator = make_accelerator(recipe, trackers(recipe.log))
     check_world_size(recipe, accelerator.num_processes)
     check_engine(accelerator)
@@ -64,31 +82,47 @@ def train(recipe: Recipe, dry_run: bool = False, overwrite: bool = False) -> Non
     check_generated(recipe, accelerator)
     set_seed(recipe.seed)
     tokenizer = load_tokenizer(recipe)
+    recipe = with_date(recipe, tokenizer, overwrite)
     data = load_data(recipe.data, tokenizer, progress=accelerator.is_main_process)
     check_loss_masks(data)
-    checkpoint = None if dry_run else checkpoint_to_continue(recipe, data, accelerator, overwrite)
+    if dry_run:
+        model = load_with_plan(recipe, accelerator, data, tokenizer)
+        try_step(prepare(recipe, accelerator, model, data, tokenizer))
+        return
+    with locked(recipe.output, HELD_BY) if accelerator.is_main_process else nullcontext():
+        identity = identity_of(recipe, data) if accelerator.is_main_process else {}
+        checkpoint = checkpoint_to_continue(recipe, identity, accelerator, overwrite)
+        model = load_with_plan(recipe, accelerator, data, tokenizer)
+        if accelerator.is_main_process:
+            if checkpoint is not None:
+                others = f" ({', '.join(changed)})" if (changed := changed_versions(recipe.output)) else ""
+                print(f"continues after step {checkpoint.step}, from {checkpoint.path}{others}", flush=True)
+            start_run(recipe, identity)
+        run = prepare(recipe, accelerator, model, data, tokenizer, checkpoint)
+        run.identity = identity
+        complete(run, launcher)
+        if accelerator.is_main_process:
+            report(recipe)
+
+
+def load_with_plan(recipe: Recipe, accelerator: Accelerator, data: TrainingData, tokenizer: Any) -> Any:
+    """The adapted model; says what will be done with it."""
     model = load_model(recipe)
     if accelerator.is_main_process:
         print(plan(recipe, data, tokenizer, model, accelerator.num_processes, asked_processes()), flush=True)
-    if dry_run:
-        try_step(prepare(recipe, accelerator, model, data, tokenizer))
-        return
-    if accelerator.is_main_process:
-        start_run(recipe)
-        if checkpoint is not None:
-            print(f"continues after step {checkpoint.step}, from {checkpoint.path}", flush=True)
-    run = prepare(recipe, accelerator, model, data, tokenizer, checkpoint)
-    log = Log(recipe, accelerator, run.step)
+    return model
+
+
+def complete(run: Run, launcher: int | None) -> None:
+    """Train what is left and write the adapter; a signal ends it after the last finished step."""
+    log = Log(run.recipe, run.accelerator, run.step)
     try:
-        with interruptible() as interrupt:
-            optimise(run, log, interrupt)
-        weights = gather_weights(accelerator, run.adapted)
+        with interruptible(partial(rescue, run, log), launcher) as run.interrupt:
+            optimise(run, log)
+            with run.interrupt.changing():
+                finish(run, log)
     finally:
         log.close()
-    if accelerator.is_main_process:
-        finish_run(recipe, run.adapted, weights, tokenizer)
-        write_report(recipe)
-        print(f"adapter written to {recipe.output}, with {REPORT}")
 
 
 def check_loss_masks(data: TrainingData) -> None:
@@ -118,21 +152,38 @@ def try_step(run: Run) -> None:
         )
 
 
-def optimise(run: Run, log: Log, interrupt: Interrupt) -> None:
+def optimise(run: Run, log: Log) -> None:
     """All steps that are left, with their log and checkpoints."""
     steps, every = run.recipe.training.steps, run.recipe.checkpoint.every
     while run.step < steps:
         try:
-            log.write(next_step(run))
+            row = next_step(run)
+        except StepAbandoned:
+            stop(run, log)
         except Failed as failure:
             saved = save_run(run, log) if run.step else None
             raise Failed(f"{failure}; the state before it: {saved or 'none was saved'}") from None
-        # any process may have got the signal: they stop together
-        signum = int(over_processes(run.accelerator, torch.tensor(interrupt.signum, device=run.accelerator.device)))
-        if signum or (run.step % every == 0 and run.step < steps):
-            saved = save_run(run, log)
-            if signum:
-                raise Interrupted(interrupt.signum or signal.SIGTERM, run.step, saved)
+        with run.interrupt.changing():
+            log.write(row)
+            run.row = None
+        if told_to_stop(run):
+            stop(run, log)
+        if run.step % every == 0 and run.step < steps:
+            with run.interrupt.changing():
+                save_run(run, log)
+
+
+def told_to_stop(run: Run) -> bool:
+    """Whether any process was: they stop together, so every process asks."""
+    told = torch.tensor(int(run.interrupt.signum > 0), device=run.accelerator.device)
+    return bool(over_processes(run.accelerator, told))
+
+
+def stop(run: Run, log: Log) -> NoReturn:
+    """Keep the last finished step, and end."""
+    with run.interrupt.changing():
+        saved = save_run(run, log) if run.step else None
+    raise Interrupted(run.interrupt.signum or signal.SIGTERM, run.step, saved)
 
 
 def prepare(
@@ -167,10 +218,11 @@ def next_step(run: Run) -> dict[str, Any]:
     set_seed(recipe.seed + 1_000_003 * (run.step + 1) + run.accelerator.process_index)
     row, batches = train_step(run)
     row |= {"step": run.step + 1, "learning_rate": run.scheduler.get_last_lr()[0]}
-    run.scheduler.step()
-    run.step += 1
     row["tokens_per_second"] = round(row.pop("tokens") / (time.monotonic() - began))
     row["peak_memory_gib"] = round(peak_memory(), 3)
+    run.scheduler.step()
+    run.step, run.saved, run.row = run.step + 1, None, dict(row)
+    run.interrupt.end_change()
     if run.data.held_out and (run.step % recipe.log.evaluate_every == 0 or run.step == recipe.training.steps):
         row |= held_out_losses(run) | losses(run, [(batches[0], True)], "train")
     every = recipe.log.generate_every
@@ -205,7 +257,12 @@ def batches_of_step(run: Run, config: EvictionConfig | None) -> tuple[list[Batch
 
 
 def train_step(run: Run) -> tuple[dict[str, Any], list[Batch]]:
-    """The gradient of the global batch and one update of the adapter; what is logged of it, and its batches here."""
+    """The gradient of the global batch and one update of the adapter; what is logged of it, and its batches here.
+
+    Raises:
+        Failed: a loss or gradient that is no use; nothing is updated.
+        StepAbandoned: a process was told to stop before the step's last forward pass; nothing is updated.
+    """
     recipe, accelerator, model = run.recipe, run.accelerator, run.model
     config = step_eviction(recipe, run.step)
     batches, rollouts = batches_of_step(run, config)
@@ -216,6 +273,9 @@ def train_step(run: Run) -> tuple[dict[str, Any], list[Batch]]:
     log_probs = []
     for number, batch in enumerate(batches):
         last = number + 1 == len(batches)
+        if number and told_to_stop(run):
+            run.optimizer.zero_grad(set_to_none=True)
+            raise StepAbandoned
         with accumulating(accelerator, model, last), simulation(model, config, batch) as trace:
             summed = model(batch, trace)
             # gradients are averaged over processes: divide by the mean token count, not by this process's own
@@ -234,6 +294,7 @@ def train_step(run: Run) -> tuple[dict[str, Any], list[Batch]]:
             f"step {run.step + 1}: {problem}; samples {gather_object(samples)}: lower optim.learning_rate, or look at "
             "these samples"
         )
+    run.interrupt.begin_change()  # until the step is counted
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
     logged = {

@@ -72,6 +72,8 @@ def plan(recipe: Recipe, data: TrainingData, tokenizer: Any, model: Any, process
         lines.append("eviction         none: this is a dense run")
     prompt = tokenizer.decode(first.input_ids[: first.prompt_length])
     response = tokenizer.decode(first.input_ids[first.prompt_length :])
+    if recipe.data.date is not None:
+        lines.append(f"date             {recipe.data.date}, wherever the chat template writes today's")
     lines += [f"first sample     no loss  | {prompt}", f"                 loss     | {response}"]
     lines.append(f"output           {recipe.output}")
     return "\n".join(lines)

@@ -1,11 +1,13 @@
 """The state of a training run between two steps."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from accelerate import Accelerator
 
 from vkvtrain.training.data import TrainingData
+from vkvtrain.training.interrupts import Interrupt
 from vkvtrain.training.settings import Recipe
 from vkvtrain.training.watch import Watch
 
@@ -25,6 +27,13 @@ class Run:
     watch: Watch
     step: int = 0
     """Finished optimiser steps, which is also the number of the next one, from 0."""
+    identity: Mapping[str, str] = field(default_factory=dict)
+    """Of the main process: what checkpoints must have been made of, see `vkvtrain.training.resume.identity_of`."""
+    saved: str | None = None
+    """Name of the checkpoint of `step`, once there is one."""
+    row: dict[str, Any] | None = None
+    """What is known of the last finished step before it is in the log."""
+    interrupt: Interrupt = field(default_factory=Interrupt)
 
     @property
     def adapted(self) -> Any:

@@ -3,11 +3,14 @@
 import importlib.metadata
 import json
 import platform
+import shutil
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
+from safetensors import SafetensorError
 from torch import Tensor
 
 from vkvtrain.training.checkpoints import sync
@@ -16,6 +19,10 @@ from vkvtrain.training.settings import Recipe
 FINISHED = "adapter_model.safetensors"
 METRICS = "metrics.jsonl"
 RECIPE = "recipe.yaml"
+
+
+class Incomplete(Exception):
+    """A run that is trained and of which something could not be written."""
 
 
 def check_output(directory: Path, overwrite: bool) -> None:
@@ -36,12 +43,34 @@ def environment() -> dict[str, Any]:
     }
 
 
-def start_run(recipe: Recipe) -> None:
-    """Write what is known before training."""
+def changed_versions(directory: Path) -> list[str]:
+    """What differs between the environment that a run began in and this one, in words."""
+    path = directory / "environment.json"
+    now = environment()
+    before = json.loads(path.read_bytes()) if path.is_file() else now
+    return [f"{name} {value} instead of {before[name]}" for name, value in now.items() if before.get(name) != value]
+
+
+def base_identity(directory: Path) -> str | None:
+    """What the base model was that a run trained on, by its files or its commit; None where that was not written."""
+    path = directory / "environment.json"
+    written = json.loads(path.read_bytes()) if path.is_file() else {}
+    return written.get("identity", {}).get("base")
+
+
+def start_run(recipe: Recipe, identity: Mapping[str, str]) -> None:
+    """Write what is known before training.
+
+    Args:
+        recipe: of the run, with all that was decided when it began.
+        identity: of its data and its base model.
+    """
     recipe.output.mkdir(parents=True, exist_ok=True)
     (recipe.output / FINISHED).unlink(missing_ok=True)
     (recipe.output / RECIPE).write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
-    (recipe.output / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n")
+    (recipe.output / "environment.json").write_text(
+        json.dumps({**environment(), "identity": dict(identity)}, indent=2) + "\n"
+    )
 
 
 def finish_run(recipe: Recipe, model: Any, weights: dict[str, Tensor], tokenizer: Any) -> None:
@@ -52,14 +81,26 @@ def finish_run(recipe: Recipe, model: Any, weights: dict[str, Tensor], tokenizer
         model: the adapted model.
         weights: its trained weights by parameter, whole.
         tokenizer: of the base model.
+
+    Raises:
+        Incomplete: a full disk, among others; the weights are not there then, and what was half written is gone.
     """
-    recipe.trained_for().save_pretrained(recipe.output)
-    tokenizer.save_pretrained(recipe.output)
     # the weights say that the run is finished, so they appear whole or not at all
     beside = recipe.output / ".unfinished"
-    model.save_pretrained(beside, safe_serialization=True, state_dict=weights, save_embedding_layers=False)
-    for path in sorted(beside.iterdir(), key=lambda path: path.name == FINISHED):
-        sync(path)
-        path.replace(recipe.output / path.name)
-    beside.rmdir()
-    sync(recipe.output)
+    try:
+        shutil.rmtree(beside, ignore_errors=True)
+        recipe.trained_for().save_pretrained(recipe.output)
+        tokenizer.save_pretrained(recipe.output)
+        model.save_pretrained(beside, safe_serialization=True, state_dict=weights, save_embedding_layers=False)
+        for path in sorted(beside.iterdir(), key=lambda path: path.name == FINISHED):
+            sync(path)
+            path.replace(recipe.output / path.name)
+        sync(recipe.output)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise Incomplete(
+            f"the adapter could not be written to {recipe.output} ({reason}): mend that, or make room, and the same "
+            "command finishes the run"
+        ) from error
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)

@@ -4,6 +4,7 @@ A recipe is a YAML file with the sections below; `base: other.yaml` (relative to
 only what is written. Knows nothing of models, data or devices.
 """
 
+import datetime
 import os
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -56,6 +57,8 @@ class DataSettings(Settings):
     """Said after a problem in the user's message, of `problem_generations`."""
     template_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Arguments of the chat template, for example `{enable_thinking: true}`."""
+    date: datetime.date | None = None
+    """The day that the chat template takes for today, if it writes one: by default the day that the run begins."""
     response: Literal["checked", "written", "rendered"] = "checked"
     """What the model writes behind its generation prompt: the completion as `written` (without a tag that the prompt
     opened already), what the chat template has `rendered`, or `checked`: an error unless the two are the same."""

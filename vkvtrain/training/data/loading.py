@@ -6,6 +6,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from vkvtrain.clock import fixed_date
 from vkvtrain.training.data.formats import detect, examples_of
 from vkvtrain.training.data.rows import Example, Record, Row, TrainingData
 from vkvtrain.training.data.sources import read_records
@@ -52,12 +53,13 @@ def load_data(settings: DataSettings, tokenizer: Any, progress: bool = False) ->
     for name, records in zip(("training rows", "held-out rows"), read_records(settings), strict=True):
         reading = Reading(records, settings, name if progress else None)
         kept = []
-        for row in tokenise(reading, tokenizer, settings):
-            all_lengths.append(row.length)
-            if limit is None or row.length <= limit:
-                kept.append(row)
-            else:
-                too_long.append((row.index, row.length))
+        with fixed_date(tokenizer, settings.date):
+            for row in tokenise(reading, tokenizer, settings):
+                all_lengths.append(row.length)
+                if limit is None or row.length <= limit:
+                    kept.append(row)
+                else:
+                    too_long.append((row.index, row.length))
         if not all_lengths:
             raise ValueError(
                 f"{settings.source}: none of the {reading.unusable} training rows has a correct generation; set "

@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from vkvtrain.clock import warn_of_clock
 from vkvtrain.training.data.rows import Example, Message, Row
 from vkvtrain.training.settings import DataSettings
 
@@ -113,6 +114,7 @@ class ChatTemplate:
             )
         self._tokenizer = tokenizer
         self._settings = settings
+        warn_of_clock(tokenizer, lambda: self._apply(example.prompt, add_generation_prompt=True), "data.date")
         self.end, self._after = self._end_of_turn(example)
         self._reads_reasoning = _THOUGHT in self._conversation(example, _MARK, _THOUGHT)
 

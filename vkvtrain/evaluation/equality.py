@@ -43,7 +43,7 @@ def same(gold: Value, answer: Value) -> bool:
     if isinstance(gold, Relation):
         return _same_relation(gold, answer)
     if isinstance(answer, Relation) and set(answer.operators) <= {EQUAL, ABOUT, ELEMENT}:
-        return same(gold, _stated(answer, gold))
+        return not _contradicts(answer, gold) and same(gold, _stated(answer, gold))
     if (pieces := _pieces(gold)) is not None and (held := _pieces(answer)) is not None:
         return _same_pieces(pieces[1], held[1])
     if isinstance(gold, Ratio) or isinstance(answer, Ratio):
@@ -132,6 +132,20 @@ def _same_in_any_order(gold: Sequence[Value], answer: Sequence[Value]) -> bool:
             return False
         left.pop(match)
     return not left
+
+
+def _contradicts(answer: Relation, gold: Value) -> bool:
+    """Whether an equation states no value (`2x - 6 = 0`), or a number that is another (`40 = 41`)."""
+    first, last = answer.sides[0], answer.sides[-1]
+    if isinstance(last, Scalar) and last.expression == 0 and not _is_name(first) and _has_variables(first):
+        return True
+    return set(answer.operators) == {EQUAL} and any(
+        not _has_variables(side) and not same(gold, side) for side in answer.sides[:-1]
+    )
+
+
+def _has_variables(side: Value) -> bool:
+    return not isinstance(side, Scalar) or side.has_variables
 
 
 def _stated(answer: Relation, gold: Value) -> Value:

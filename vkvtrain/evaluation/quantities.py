@@ -23,10 +23,8 @@ _LETTER = re.compile(r"(?<=[\d}]) +[mgshLJNWVAK]$")
 _WORD = rf"(?:{WORDS[0]}[^{WORDS[1]}]*{WORDS[1]}|(?<![A-Za-z\\])(?:(?:{_SHORT})|[A-Za-z]{{3,}}\.?)(?![A-Za-z]))"
 _UNIT = rf"{_WORD}\s*{_POWER}(?:\s*/\s*[A-Za-z]+{_POWER})?"
 _UNITS = re.compile(rf"(?:\s*[/*.]?\s*(?:\\cdot)?\s*(?:{_UNIT}|\\frac\s*\{{\s*{_UNIT}\s*\}}\s*\{{\s*{_UNIT}\s*\}}))+$")
-_BEFORE = re.compile(
-    rf"^(?:{WORDS[0]}?\s*(?:[A-Za-z]{{3,}}\s*)+:\s*{WORDS[1]}?|{WORDS[0]}?\s*(?:US|USD|EUR|GBP|Rs\.?|about|approximately|"
-    rf"exactly|roughly)\s*{WORDS[1]}?)\s*(?=[\d\\(.+-])"
-)
+_LABEL = r"[A-Za-z]{3,}(?: [A-Za-z]{2,})*\s*:|US|USD|EUR|GBP|Rs\.?|about|approximately|exactly|roughly"
+_BEFORE = re.compile(rf"^{WORDS[0]}?\s*(?:{_LABEL})\s*{WORDS[1]}?\s*(?=[\d\\(.+-])")
 _PART_OF_UNIT = re.compile(r"[A-Za-z.]+")
 PERCENT = ("percent", "percentage", "pct")
 NO_UNITS = frozenset(

@@ -259,6 +259,7 @@ def parsed(text: str) -> Any:
         expression: Any = latex2sympy(normalize_latex(text, _NORMAL), is_real=True, normalization_config=None)
         decimals = {number: sympy.Rational(str(number)) for number in expression.atoms(sympy.Float)}
         imaginary = {sympy.Symbol("i", real=True): sympy.I}
-        return expression.xreplace(decimals | imaginary)
+        with sympy.evaluate(False):
+            return expression.xreplace(decimals | imaginary)
     except Exception:  # the parser raises bare exceptions, and sympy of every kind: either way nothing was read
         return None

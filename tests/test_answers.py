@@ -433,7 +433,8 @@ def test_golds_differ_from_one_another():
     expected = {
         ("0.15", r"\frac{3}{20}"), ("0.15", r"15\%"), ("15", r"15\%"), (r"\frac{1}{2}", "1/2"), ("p - q", "p-q"),
         (r"1\frac{4}{5}", "1.8"), (r"\frac13", "0.333333"), ("x > 5", r"(5,\infty)"), (r"\frac{3}{20}", r"15\%"),
-        ("6-5i", "6 - 5i"), (r"x \in [-2,7]", "[-2,7]"), (r"\text{even}", "even"), ("5", "x=5"), (r"15\%", r"15\mbox{ cm}^2"), ("15", r"15\mbox{ cm}^2"),
+        ("6-5i", "6 - 5i"), (r"x \in [-2,7]", "[-2,7]"), (r"\text{even}", "even"),
+            ("5", "x=5"), (r"15\%", r"15\mbox{ cm}^2"), ("15", r"15\mbox{ cm}^2"),
     }  # fmt: skip
     assert {frozenset(pair) for pair in equal} <= {frozenset(pair) for pair in expected}
 
@@ -552,8 +553,9 @@ def test_a_gold_of_gsm8k_is_refused_with_its_line(gold, tmp_path):
     (tmp_path / "some.jsonl").write_text("\n\n".join(json.dumps(row) for row in rows))
     config = {
         "task": "vkv_gsm8k", "test_split": "test", "output_type": "generate_until", "num_fewshot": 0,
-        "doc_to_text": "{{question}}", "doc_to_target": "{{answer}}", 
-        "metadata": {"data": str(tmp_path / "some.jsonl")}, "generation_kwargs": {"until": []}, "metric_list": [{"metric": "exact_match"}],
+        "doc_to_text": "{{question}}", "doc_to_target": "{{answer}}",
+        "metadata": {"data": str(tmp_path / "some.jsonl")}, "generation_kwargs": {"until": []},
+        "metric_list": [{"metric": "exact_match"}],
     }  # fmt: skip
     with pytest.raises(ValueError, match=r"some.jsonl, line 3: the answer must be an integer in digits"):
         FinalNumber(config)

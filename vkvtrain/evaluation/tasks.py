@@ -91,11 +91,12 @@ class MultipleChoice(Problems):
 
     def prepared(self, rows: datasets.Dataset, places: Sequence[str]) -> datasets.Dataset:
         seed = self.metadata.get("shuffle_seed", 0)
-        for row, place in zip(rows, places, strict=True):
+        problems: list[Problem] = rows.to_list()
+        for row, place in zip(problems, places, strict=True):
             for column in GPQA_COLUMNS:
                 if not isinstance(row.get(column), str) or not row[column].strip():
                     raise ValueError(f"{place}: {column!r} must be text, got {row.get(column)!r}")
-        return datasets.Dataset.from_list([shuffled(row, seed) for row in rows])  # pyright: ignore[reportArgumentType]
+        return datasets.Dataset.from_list([shuffled(row, seed) for row in problems])
 
 
 class FinalNumber(Problems):

@@ -77,7 +77,8 @@ class Based:
 class Ratio:
     """`3:4`, or the time `3:45`."""
 
-    parts: tuple[sympy.Rational, ...]
+    parts: tuple[Any, ...]
+    """sympy's rational numbers."""
     half: str | None
     """`a` or `p` of a time of the day."""
     is_time: bool

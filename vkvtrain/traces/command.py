@@ -105,8 +105,7 @@ def run(arguments: Arguments) -> Tally:
     prompts = {one.number: messages(one, arguments) for one in todo}
     ids = {number: encode(prompt, tokenizer, kwargs) for number, prompt in prompts.items()}
     check_lengths(todo, ids, arguments, name)
-    journal = arguments.output.with_name(arguments.output.name + ".journal")
-    check_writable(arguments.output, journal)
+    journal = writable_journal(arguments.output)
     accepted, tally = make(
         load_model(arguments, name), tokenizer, todo, ids, sampling, arguments.attempts, arguments.keep,
         arguments.max_new_tokens, arguments.slots, journal,
@@ -193,11 +192,11 @@ def check_lengths(todo: Sequence[Problem], ids: Mapping[int, Sequence[int]], arg
             )
 
 
-def check_writable(output: Path, journal: Path) -> None:
-    """Refuse an output, or a journal beside it, that cannot be written when everything has been generated."""
-    for path in (output, journal):
-        if path.is_dir():
-            raise ValueError(f"--output {output}: {path} is a directory: name a file")
+def writable_journal(output: Path) -> Path:
+    """The journal beside an output; refuses an output or a journal that could not be written in the end."""
+    if output.is_dir():
+        raise ValueError(f"--output {output} is a directory: name a file")
+    journal = output.with_name(output.name + ".journal")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryFile(dir=output.parent):
@@ -206,7 +205,10 @@ def check_writable(output: Path, journal: Path) -> None:
             with journal.open("ab"):
                 pass
     except OSError as error:
-        raise ValueError(f"--output {output} cannot be written ({error.strerror}): name another file") from None
+        raise ValueError(
+            f"--output {output} cannot be written ({error.filename}: {error.strerror}): name another file"
+        ) from None
+    return journal
 
 
 def load_tokenizer(arguments: Arguments, name: str) -> Any:

@@ -72,6 +72,29 @@ def test_generations_are_chosen(choose, chosen):
     assert all(one.prompt == (USER,) for one in found)
 
 
+@pytest.mark.parametrize("column", ["correctness_math_verify", "is_reasoning_complete"])
+@pytest.mark.parametrize(
+    ("verdicts", "says"),
+    [
+        (["False"] * 4, "must hold true and false, got 'False' .str.: convert the column"),
+        ([True, "true", True, True], "got 'true'"),
+        ([True, 2, True, True], "got 2 .int."),
+        ([True, 0.5, True, True], "got 0.5 .float."),
+        ([[True]] * 4, "got .True. .list."),
+        ([True] * 3, "must have a verdict for each generation"),
+        ("[True, True]", "must have a verdict for each generation"),
+    ],
+)
+def test_verdicts_are_true_or_false(column, verdicts, says):
+    with pytest.raises(ValueError, match=f"rows.jsonl, row 3: '{column}' {says}|rows.jsonl, row 3: '{column}'.*{says}"):
+        examples(OPEN_R1 | {column: verdicts})
+    assert len(examples(OPEN_R1 | {column: verdicts}, choose="first")) == 1
+
+
+def test_no_verdict_is_not_right():
+    assert [one.completion for one in examples(OPEN_R1 | {"correctness_math_verify": [None, 0, 1.0, True]})] == ["c"]
+
+
 def test_a_random_choice_is_seeded():
     drawn = [
         [

@@ -177,6 +177,18 @@ def test_answers_as_mathematics(answer, right):
         ({"--keep": "5"}, r"--keep \(5\) is more than --attempts \(4\)"),
         ({"--temperature": "0"}, "--temperature 0 gives the same response"),
         ({"--temperature": "-1"}, "temperature must be at least 0"),
+        ({"--temperature": "inf"}, "temperature must be .*finite, got inf"),
+        ({"--temperature": "nan"}, "temperature must be .*finite, got nan"),
+        ({"--top-p": "2"}, "top_p must be above 0 and at most 1"),
+        ({"--top-k": "-1"}, "top_k must be at least 0"),
+        ({"--rows": "0"}, "--rows must be at least 1, got 0"),
+        ({"--rows": "-1"}, "--rows must be at least 1, got -1"),
+        ({"--max-new-tokens": "-5"}, "--max-new-tokens must be at least 1, got -5"),
+        ({"--slots": "0"}, "--slots must be at least 1, got 0"),
+        ({"--seed": "99999999999999999999"}, "--seed must fit 64 bits"),
+        ({"--shard": "0/0"}, "--shard must be i/n"),
+        ({"--output": "."}, "--output . is a directory: name a file"),
+        ({"--output": f"{__file__}/o.jsonl"}, "--output .* cannot be written"),
         ({"--template-kwargs": "{"}, "--template-kwargs '{' is not JSON"),
         ({"--template-kwargs": "[]"}, "must be a JSON object"),
         ({"--shard": "2/2"}, "--shard must be i/n"),
@@ -194,6 +206,35 @@ def test_bad_settings_are_refused_before_a_model_is_loaded(tmp_path, monkeypatch
     assert re.search(says, error), error
     assert error.startswith("vkvtrain data: ")
     assert not (tmp_path / "o.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        (
+            {"problem": "? " * 600, "answer": "4"},
+            r"problems.jsonl, row 2: the prompt has [\d,]+ tokens, and --model tiny has",
+        ),
+        ({"problem": "?", "answer": ""}, "problems.jsonl, row 2 has no 'answer'"),
+        ({"problem": "?", "answer": True}, "problems.jsonl, row 2: the answer must be text or a number"),
+        ({"problem": "?", "answer": "\\frac{1}{0}"}, "problems.jsonl, row 2: the answer cannot be read as mathematics"),
+    ],
+)
+def test_a_bad_problem_is_refused_before_a_model_is_loaded(tmp_path, monkeypatch, row, says):
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("a model was loaded"))
+    tokenizer = AutoTokenizer.from_pretrained(MODEL_PATH)
+    tokenizer.chat_template = "{{ messages[-1]['content'] }}"
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_, **__: tokenizer)
+    path = tmp_path / "problems.jsonl"
+    path.write_text("".join(json.dumps(one) + "\n" for one in ({"problem": "?", "answer": "4"}, row)))
+    with pytest.raises(ValueError, match=says):
+        run(arguments(tmp_path, source=str(path), rows=None))
+
+
+def test_an_unwritable_journal_is_refused(tmp_path):
+    (tmp_path / "traces.jsonl.journal").mkdir()
+    with pytest.raises(ValueError, match=r"--output .* cannot be written .*traces.jsonl.journal: Is a directory"):
+        run(arguments(tmp_path))
 
 
 def test_nothing_accepted_writes_nothing(tmp_path):

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import datasets
 import lm_eval
 import pytest
 from lm_eval.models.huggingface import HFLM
@@ -108,6 +109,46 @@ def test_bad_data_is_one_sentence(rows, message, tmp_path):
         path.write_text(rows)
     with pytest.raises(ValueError, match=message):
         load("vkv_aime25", data=str(path))
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "message"),
+    [
+        ("aime25", {"problem": "x", "answer": 2.5}, "must be an integer in digits, got '2.5'"),
+        ("aime24", {"problem": "x", "answer": "n/a"}, "must be an integer in digits, got 'n/a'"),
+        ("amc23", {"question": "x", "answer": 2.0**60}, "too large for a floating-point number"),
+        ("math500", {"problem": "x", "answer": ""}, "must be text or a number, got ''"),
+        ("math500", {"problem": "x", "answer": None}, "'answer' must be text or a number, got null"),
+        ("math500", {"problem": "x", "answer": ["1"]}, r"'answer' must be text or a number, got \["),
+        ("hmmt_feb25", {"problem": "x", "answer": r"\frac{1}{0}"}, "cannot be read as mathematics or words"),
+        ("gsm8k", {"question": "x", "answer": "So 4."}, "must be an integer in digits, got 'So 4.'"),
+        ("gpqa_diamond", GPQA | {"Correct Answer": None}, "'Correct Answer' must be text, got None"),
+        ("gpqa_diamond", GPQA | {"Incorrect Answer 2": " "}, "'Incorrect Answer 2' must be text"),
+        ("gpqa_diamond", {"Question": "Which?"}, "'Correct Answer' must be text, got None"),
+    ],
+)
+def test_golds_are_read_when_problems_are_loaded(name, row, message, tmp_path):
+    path = tmp_path / "some.jsonl"
+    path.write_text("\n" + json.dumps(row) + "\n")
+    with pytest.raises(ValueError, match=f"some.jsonl, line 2: .*{message}"):
+        load(f"vkv_{name}", data=str(path))
+
+
+def test_a_gold_of_the_hub_is_refused_with_its_row(monkeypatch):
+    rows = datasets.Dataset.from_list([{"problem": "x", "answer": "4"}, {"problem": "x", "answer": "4 or 5"}])
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: rows)
+    with pytest.raises(
+        ValueError, match="math-ai/aime25, row 2: the answer must be an integer in digits, got '4 or 5'"
+    ):
+        load("vkv_aime25")
+
+
+def test_an_answer_that_its_family_refuses(monkeypatch):
+    monkeypatch.setattr("reasoning_gym.get_score_answer_fn", lambda _: lambda answer, entry: 0.5)
+    with pytest.raises(
+        ValueError, match=r"family 'countdown', problem 0 of data_seed 7: the answer .* is not accepted"
+    ):
+        load("vkv_gym_countdown", problems=2, data_seed=7)
 
 
 def test_a_hub_out_of_reach_names_the_way_out(monkeypatch):

@@ -32,10 +32,17 @@ def load(
         entries = library.create_dataset(family, size=problems, seed=data_seed, **(difficulty or {}))
     except (ValueError, TypeError, AssertionError) as error:
         raise ValueError(f"reasoning-gym family {family!r} with {difficulty or {}}: {error}") from None
-    rows = [
-        {"question": entry["question"], "answer": entry["answer"], "family": family, "entry": json.dumps(entry)}
-        for entry in entries
-    ]
+    check = library.get_score_answer_fn(family)
+    rows = []
+    for number, entry in enumerate(entries):
+        as_graded = json.loads(json.dumps(entry))
+        gold = entry["answer"]  # None in families whose check needs none
+        if gold is not None and not _is_right(library, check, as_graded, f"<answer>{gold}</answer>"):
+            raise ValueError(
+                f"reasoning-gym family {family!r}, problem {number} of data_seed {data_seed}: the answer {gold!r} is "
+                "not accepted by the check of the family itself"
+            )
+        rows.append({"question": entry["question"], "answer": gold, "family": family, "entry": json.dumps(entry)})
     return {"test": datasets.Dataset.from_list(rows)}
 
 
@@ -45,11 +52,15 @@ def grade(doc: Problem, results: list[Any]) -> dict[str, Any]:
     check, entry = library.get_score_answer_fn(doc["family"]), json.loads(doc["entry"])
 
     def grade_one(response: str) -> Grades:
-        answer = library.utils.extract_answer(answer_text(response))
-        try:
-            right = answer is not None and float(check(answer, entry)) >= 1
-        except Exception:  # whatever a family's parser makes of a model's text, it is a wrong answer
-            right = False
-        return answer, {"exact_match": right}
+        text = answer_text(response)
+        return library.utils.extract_answer(text), {"exact_match": _is_right(library, check, entry, text)}
 
     return measure(results[0], grade_one)
+
+
+def _is_right(library: Any, check: Any, entry: dict[str, Any], text: str) -> bool:
+    answer = library.utils.extract_answer(text)
+    try:
+        return answer is not None and float(check(answer, entry)) >= 1
+    except Exception:  # whatever a family's parser makes of a model's text, it is a wrong answer
+        return False

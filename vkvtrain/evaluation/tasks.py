@@ -31,6 +31,8 @@ MEASURED = (
 )  # fmt: skip
 """What a task reports of a response beside its grade, from the response's record."""
 
+GPQA_COLUMNS = ("Question", "Correct Answer", *(f"Incorrect Answer {number}" for number in (1, 2, 3)))
+
 Problem = dict[str, Any]
 Grades = tuple[str | None, dict[str, bool]]
 """The answer found in a response, and its grades by metric."""
@@ -64,32 +66,62 @@ class Problems(_TASK):
             super().download(dataset_kwargs)
             return
         split, data = config.test_split, self.metadata.get("data")
-        rows = from_hub(config, dataset_kwargs) if data is None else from_file(local_file(str(data), config.task))
-        self.dataset = {split: self.prepared(rows)}
+        if data is None:
+            rows = from_hub(config, dataset_kwargs)
+            places = [f"{config.dataset_path}, row {number}" for number in range(1, len(rows) + 1)]
+        else:
+            rows, places = from_file(local_file(str(data), config.task))
+        self.dataset = {split: self.prepared(rows, places)}
         known = set(self.dataset[split].column_names)
         for template in (config.doc_to_text, config.doc_to_target):
             for column in meta.find_undeclared_variables(Environment().parse(template)) - known:
                 where = config.dataset_path if data is None else data
                 raise ValueError(f"{config.task}: {where} has no column {column!r} (it has {', '.join(sorted(known))})")
+        if (gold := GOLDS.get(config.process_results)) is not None:
+            for place, answer in zip(places, self.dataset[split]["answer"], strict=True):
+                read_gold(gold, answer, place)
 
-    def prepared(self, rows: datasets.Dataset) -> datasets.Dataset:
-        """The problems as the task's texts expect them."""
+    def prepared(self, rows: datasets.Dataset, places: Sequence[str]) -> datasets.Dataset:
+        """The problems as the task's texts expect them; `places` names each row for an error."""
         return rows
 
 
 class MultipleChoice(Problems):
     """GPQA: four options in an order drawn from (`shuffle_seed`, the question); the answer is a letter."""
 
-    def prepared(self, rows: datasets.Dataset) -> datasets.Dataset:
+    def prepared(self, rows: datasets.Dataset, places: Sequence[str]) -> datasets.Dataset:
         seed = self.metadata.get("shuffle_seed", 0)
-        return datasets.Dataset.from_list([shuffled(row, seed) for row in rows])  # pyright: ignore[reportArgumentType]
+        problems: list[Problem] = rows.to_list()
+        for row, place in zip(problems, places, strict=True):
+            for column in GPQA_COLUMNS:
+                if not isinstance(row.get(column), str) or not row[column].strip():
+                    raise ValueError(f"{place}: {column!r} must be text, got {row.get(column)!r}")
+        return datasets.Dataset.from_list([shuffled(row, seed) for row in problems])
 
 
 class FinalNumber(Problems):
-    """GSM8K: the answer is what follows `####` in the worked solution."""
+    """GSM8K: the answer is the integer that follows `####` in the worked solution."""
 
-    def prepared(self, rows: datasets.Dataset) -> datasets.Dataset:
-        return rows.map(lambda row: {"answer": row["answer"].rpartition("####")[2].strip().replace(",", "")})
+    def prepared(self, rows: datasets.Dataset, places: Sequence[str]) -> datasets.Dataset:
+        if "answer" not in rows.column_names:
+            return rows
+        golds = [
+            read_gold(grading.integer_gold, str(answer).rpartition("####")[2].strip(), place)
+            for place, answer in zip(places, rows["answer"], strict=True)
+        ]
+        return rows.remove_columns("answer").add_column("answer", golds)
+
+
+def read_gold(read: Callable[[Any], str], gold: Any, place: str) -> str:
+    """A problem's answer as a reader of `grading` has it.
+
+    Raises:
+        ValueError: one that cannot be read, with the place of its row.
+    """
+    try:
+        return read(gold)
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from None
 
 
 def shuffled(row: Problem, seed: int) -> Problem:
@@ -128,9 +160,9 @@ def local_file(data: str, task: str) -> Path:
     return path
 
 
-def from_file(path: Path) -> datasets.Dataset:
-    """The rows of a JSONL file."""
-    rows = []
+def from_file(path: Path) -> tuple[datasets.Dataset, list[str]]:
+    """The rows of a JSONL file, and the place of each: file and line."""
+    rows, places = [], []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         if line.strip():
             try:
@@ -139,13 +171,27 @@ def from_file(path: Path) -> datasets.Dataset:
                 raise ValueError(f"{path}, line {number}: not valid JSON ({error})") from None
             if not isinstance(row, dict):
                 raise ValueError(f"{path}, line {number}: must be an object, got {type(row).__name__}")
-            rows.append({name: str(value) if name == "answer" else value for name, value in row.items()})
+            places.append(f"{path}, line {number}")
+            if "answer" in row:
+                row["answer"] = read_gold(written, row["answer"], places[-1])
+            rows.append(row)
     if not rows:
         raise ValueError(f"{path} holds no problems")
     try:
-        return datasets.Dataset.from_list(rows)
+        return datasets.Dataset.from_list(rows), places
     except (ValueError, TypeError) as error:  # pyarrow's errors among them
         raise ValueError(f"{path}: every column must hold one type ({error})") from None
+
+
+def written(answer: Any) -> str:
+    """An answer of a JSONL file as text: in one column, some are numbers and others are not."""
+    if isinstance(answer, str):
+        return answer
+    if isinstance(answer, bool) or not isinstance(answer, (int, float)):
+        raise ValueError(f"'answer' must be text or a number, got {json.dumps(answer)}")
+    if isinstance(answer, float) and not abs(answer) < 2**53:
+        raise ValueError(f"'answer' is too large for a floating-point number ({answer}): write it as text")
+    return str(answer)
 
 
 def answer_text(response: str) -> str:
@@ -177,7 +223,7 @@ def count_responses(samples: Sequence[Sequence[Any]]) -> int:
 
 def grade_integer(doc: Problem, results: list[Any]) -> dict[str, Any]:
     """Grades of AIME and AMC: the boxed integer, exactly."""
-    return measure(results[0], _by_box(grading.same_integer, str(int(float(doc["answer"])))))
+    return measure(results[0], _by_box(grading.same_integer, grading.integer_gold(doc["answer"])))
 
 
 def grade_expression(doc: Problem, results: list[Any]) -> dict[str, Any]:
@@ -193,6 +239,15 @@ def grade_letter(doc: Problem, results: list[Any]) -> dict[str, Any]:
 def grade_text(doc: Problem, results: list[Any]) -> dict[str, Any]:
     """Grades of the passcode probe: the boxed text, character by character."""
     return measure(results[0], _by_box(grading.same_text, doc["answer"]))
+
+
+GOLDS: dict[Any, Callable[[Any], str]] = {
+    grade_integer: grading.integer_gold,
+    grade_expression: grading.expression_gold,
+    grade_letter: grading.letter_gold,
+    grade_text: grading.text_gold,
+}
+"""What reads the answers of a task's problems when they are loaded, by what grades its responses."""
 
 
 def _by_box(same: Callable[[str | None, str], bool], gold: str) -> Callable[[str], Grades]:

@@ -1,5 +1,6 @@
 """What is asked of the slot engine, and what it answers."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,11 +31,11 @@ class Sampling:
 
     def __post_init__(self) -> None:
         ranges = {
-            "temperature": (self.temperature >= 0, "at least 0 (0 is greedy)"),
+            "temperature": (0 <= self.temperature < math.inf, "at least 0 (0 is greedy), and finite"),
             "top_p": (0 < self.top_p <= 1, "above 0 and at most 1 (1 is off)"),
             "top_k": (self.top_k >= 0, "at least 0 (0 is off)"),
             "min_p": (0 <= self.min_p <= 1, "from 0 (off) to 1"),
-            "repetition_penalty": (self.repetition_penalty > 0, "above 0 (1 is off)"),
+            "repetition_penalty": (0 < self.repetition_penalty < math.inf, "above 0 (1 is off), and finite"),
         }
         for name, (holds, wanted) in ranges.items():
             if not holds:

@@ -1,17 +1,18 @@
 """`vkvtrain data generate`: its settings, its checks and its report."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean
+from tempfile import TemporaryFile
 from typing import Any, Literal
 
 import torch
 import tyro
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from vkvtrain.clock import day_of, fix_day
 from vkvtrain.generation import Sampling
@@ -110,6 +111,8 @@ def run(arguments: Arguments) -> Tally:
     fix_day(tokenizer, day, journal.with_name(journal.name + ".date"), "--date")
     prompts = {one.number: messages(one, arguments) for one in todo}
     ids = {number: encode(prompt, tokenizer, kwargs) for number, prompt in prompts.items()}
+    check_lengths(todo, ids, arguments, name)
+    journal = writable_journal(arguments.output)
     accepted, tally = make(
         load_model(arguments, name), tokenizer, todo, ids, sampling, arguments.attempts, arguments.keep,
         arguments.max_new_tokens, arguments.slots, journal,
@@ -140,9 +143,11 @@ def run(arguments: Arguments) -> Tally:
 
 def checked(arguments: Arguments) -> dict[str, Any]:
     """The template's arguments; raises ValueError for settings that do not hold."""
-    for name in ("attempts", "keep", "max_new_tokens", "slots"):
-        if getattr(arguments, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(arguments, name)}")
+    for name in ("rows", "attempts", "keep", "max_new_tokens", "slots"):
+        if (given := getattr(arguments, name)) is not None and given < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {given}")
+    if not -(2**63) <= arguments.seed < 2**63:
+        raise ValueError(f"--seed must fit 64 bits, got {arguments.seed}")
     if arguments.keep > arguments.attempts:
         raise ValueError(f"--keep ({arguments.keep}) is more than --attempts ({arguments.attempts}): lower it")
     if arguments.temperature == 0 and arguments.attempts > 1:
@@ -180,6 +185,37 @@ def encode(prompt: str | list[dict[str, str]], tokenizer: Any, kwargs: dict[str,
     if not tokenizer.chat_template:
         raise ValueError("the tokenizer has no chat template to ask problems with: use a chat model")
     return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True, **kwargs)["input_ids"]
+
+
+def check_lengths(todo: Sequence[Problem], ids: Mapping[int, Sequence[int]], arguments: Arguments, name: str) -> None:
+    """Refuse a problem that leaves the model no position for a response; reads the model's configuration alone."""
+    config = AutoConfig.from_pretrained(name, revision=arguments.revision or "main")
+    longest = config.get_text_config(decoder=True).max_position_embeddings
+    for one in todo:
+        if len(ids[one.number]) >= longest:
+            raise ValueError(
+                f"{one.where}: the prompt has {len(ids[one.number]):,} tokens, and --model {arguments.model} has "
+                f"{longest:,} positions for prompt and response: take the problem out of --source"
+            )
+
+
+def writable_journal(output: Path) -> Path:
+    """The journal beside an output; refuses an output or a journal that could not be written in the end."""
+    if output.is_dir():
+        raise ValueError(f"--output {output} is a directory: name a file")
+    journal = output.with_name(output.name + ".journal")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=output.parent):
+            pass
+        if journal.exists():
+            with journal.open("ab"):
+                pass
+    except OSError as error:
+        raise ValueError(
+            f"--output {output} cannot be written ({error.filename}: {error.strerror}): name another file"
+        ) from None
+    return journal
 
 
 def load_tokenizer(arguments: Arguments, name: str) -> Any:

@@ -11,6 +11,7 @@ from itertools import islice
 from typing import Any
 
 from vkvtrain.config import nearest
+from vkvtrain.evaluation.answers import last_boxed
 from vkvtrain.evaluation.thinking import final_answer
 from vkvtrain.tiny import task
 from vkvtrain.training.data.rows import Record
@@ -22,7 +23,6 @@ GYM = "reasoning_gym:"
 QUESTIONS = ("problem", "question", "prompt")
 """Columns that may hold a problem."""
 BOXED = r"Please reason step by step, and put your final answer within \boxed{}."
-_BOX = re.compile(r".*\\boxed\s*\{([^{}]*)\}", re.DOTALL)
 _GSM8K = re.compile(r".*####\s*(.+?)\s*$", re.DOTALL)
 
 
@@ -32,6 +32,8 @@ class Problem:
 
     number: int
     """In its source, from 0: names the randomness of its attempts."""
+    where: str
+    """Source and row, for an error."""
     text: str
     answer: str
     is_conversation: bool
@@ -53,7 +55,7 @@ def problems(
         think_end: what ends the model's thoughts; default `</think>`.
 
     Raises:
-        ValueError: a source that cannot be had, or a row without problem or answer.
+        ValueError: a source that cannot be had, or a row without problem, or without an answer that can be graded.
     """
     if source in GENERATED:
         if rows is None:
@@ -72,7 +74,9 @@ def _keyed_sum(number: int, one: task.Problem) -> Problem:
     def accepts(prompt: str, response: str) -> bool:
         return all(task.grade(response, one.answer, one.passcode))
 
-    return Problem(number, one.prompt, f"{one.answer}@{one.passcode}", False, accepts)
+    return Problem(
+        number, f"tiny:keyed_sum, problem {number}", one.prompt, f"{one.answer}@{one.passcode}", False, accepts
+    )
 
 
 def _gym(name: str, rows: int | None, seed: int, think_end: str | None) -> Iterator[Problem]:
@@ -88,14 +92,18 @@ def _gym(name: str, rows: int | None, seed: int, think_end: str | None) -> Itera
     tasks: Any = reasoning_gym.create_dataset(name, seed=seed, size=rows)
 
     def one(number: int) -> Problem:
-        entry = tasks[number]
+        entry, where = tasks[number], f"{GYM}{name}, problem {number}"
+        if entry["answer"] is not None and tasks.score_answer(answer=str(entry["answer"]), entry=entry) != 1.0:
+            raise ValueError(
+                f"{where}: the answer {entry['answer']!r} is not accepted by the scorer of the task itself"
+            )
 
         def accepts(prompt: str, response: str) -> bool:
             said = final_answer(response, prompt, think_end)
-            boxed = _BOX.match(said)
-            return tasks.score_answer(answer=boxed[1].strip() if boxed else said.strip(), entry=entry) == 1.0
+            boxed = last_boxed(said)
+            return tasks.score_answer(answer=said.strip() if boxed is None else boxed, entry=entry) == 1.0
 
-        return Problem(number, entry["question"], str(entry["answer"]), True, accepts)
+        return Problem(number, where, entry["question"], str(entry["answer"]), True, accepts)
 
     return (one(number) for number in range(rows))
 
@@ -107,17 +115,22 @@ def _math(record: Record, think_end: str | None) -> Problem:
     answer = record.values.get("answer")
     if answer is None or answer == "":
         raise ValueError(f"{record.where} has no 'answer', so a response cannot be verified: add one")
+    from vkvtrain.evaluation.grading import expression_gold  # needs math-verify
+
     marked = _GSM8K.fullmatch(str(answer))
-    gold = marked[1] if marked else str(answer)
+    try:
+        gold = expression_gold(marked[1] if marked else answer)
+    except ValueError as error:
+        raise ValueError(f"{record.where}: {error}") from None
 
     def accepts(prompt: str, response: str) -> bool:
         return same_answer(final_answer(response, prompt, think_end), gold)
 
-    return Problem(record.number, record.values[column], gold, True, accepts)
+    return Problem(record.number, record.where, record.values[column], gold, True, accepts)
 
 
 def same_answer(answer: str, gold: str) -> bool:
     """Whether the last box of a final answer equals `gold` as mathematics, as evaluation grades it."""
-    from vkvtrain.evaluation.grading import last_boxed, same_expression  # needs math-verify
+    from vkvtrain.evaluation.grading import same_expression  # needs math-verify
 
     return same_expression(last_boxed(answer), gold)

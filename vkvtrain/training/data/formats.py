@@ -96,17 +96,31 @@ def _chosen(record: Record, settings: DataSettings) -> list[Any]:
         raise ValueError(f"{record.where}: 'generations' must be a list of texts, got {type(generations).__name__}")
     if settings.choose == "first":
         return generations[:1]
-    verdicts = record.values.get("correctness_math_verify")
-    if not isinstance(verdicts, list) or len(verdicts) != len(generations):
-        raise ValueError(
-            f"{record.where}: 'correctness_math_verify' must have a verdict for each generation; without verdicts set "
-            "data.choose to 'first'"
-        )
-    complete = record.values.get("is_reasoning_complete") or [True] * len(generations)
+    verdicts = _verdicts(record, "correctness_math_verify", len(generations))
+    complete = [True] * len(generations)
+    if record.values.get("is_reasoning_complete") is not None:
+        complete = _verdicts(record, "is_reasoning_complete", len(generations))
     correct = [one for one, *good in zip(generations, verdicts, complete, strict=True) if all(good)]
     if settings.choose == "random_correct" and correct:
         return [random.Random(f"{settings.seed}/choose/{record.number}").choice(correct)]
     return correct if settings.choose == "all_correct" else correct[:1]
+
+
+def _verdicts(record: Record, column: str, count: int) -> list[bool]:
+    """A verdict for each generation; null is none, so the generation is not known to be right."""
+    verdicts = record.values.get(column)
+    if not isinstance(verdicts, list) or len(verdicts) != count:
+        raise ValueError(
+            f"{record.where}: {column!r} must have a verdict for each generation; without verdicts set data.choose to "
+            "'first'"
+        )
+    for verdict in verdicts:
+        if verdict is not None and verdict not in (True, False):
+            raise ValueError(
+                f"{record.where}: {column!r} must hold true and false, got {verdict!r} ({type(verdict).__name__}): "
+                "convert the column, or set data.choose to 'first'"
+            )
+    return [bool(verdict) for verdict in verdicts]
 
 
 def _prompt_completion(record: Record, settings: DataSettings) -> Example:

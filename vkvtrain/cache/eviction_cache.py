@@ -13,6 +13,7 @@ from vkvtrain.cache.sliding import SlidingLayer
 from vkvtrain.cache.step import Step
 from vkvtrain.config import EvictionConfig
 from vkvtrain.noise import Stream, stream_key
+from vkvtrain.precision import outside_autocast
 from vkvtrain.support import LayerKind, check_attention, layer_kinds
 
 
@@ -134,7 +135,8 @@ class EvictionCache(Cache):
         step = self._step(evicting[0])
         for layer in self.row_layers:
             layer.finish(step if layer.evicts else self._step(layer))
-        evict(evicting, step)
+        with outside_autocast(step.device):
+            evict(evicting, step)
         return bool(step.due)
 
     def _step(self, layer: RowLayer) -> Step:

@@ -22,6 +22,7 @@ from vkvtrain.generation.journal import Journal, context_of
 from vkvtrain.generation.requests import Completion, Request, check_requests
 from vkvtrain.generation.sampling import Sampler
 from vkvtrain.support import layer_kinds
+from vkvtrain.versions import cache_argument
 
 
 def generate(
@@ -157,7 +158,7 @@ class _Engine:
     def _prefill(self, row: _Row, cache: EvictionCache) -> None:
         """Give the prompt to an empty cache and choose the first token."""
         ids = torch.tensor([row.request.prompt], device=self.model.device)
-        logits = self.model(input_ids=ids, past_key_values=cache, logits_to_keep=1).logits
+        logits = self.model(input_ids=ids, **cache_argument(cache), logits_to_keep=1).logits
         _Batch([row], self.model.device).choose(logits)
 
     def _ended(self, row: _Row) -> bool | None:

@@ -56,7 +56,7 @@ def simulate_noted(model, rows, prompts, config, dtype):
         simulated_eviction(model, config, prompts, [7, 8]) as trace,
     ):
         model.config._attn_implementation = "note"  # after the block has checked it
-        model(input_ids=ids, attention_mask=mask)
+        model(input_ids=ids, attention_mask=mask, use_cache=False)
     model.config._attn_implementation = "vkvtrain"
     return trace
 
@@ -103,9 +103,8 @@ def test_both_passes_agree_as_the_readme_says(agreement, autocast, dtype):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_families_under_autocast(family):
     """A pass with `full` is the stock attention's under autocast, up to bfloat16's rounding; decoding is the same."""
-    model, stock = (tiny_family(family, dtype=torch.float32, attention=name) for name in ("vkvtrain", "sdpa"))
-    if family in ("Gemma2", "gpt-oss"):
-        stock = tiny_family(family, dtype=torch.float32, attention="eager")
+    stock_attention = "eager" if family in ("Gemma2", "gpt-oss") else "sdpa"
+    model, stock = (tiny_family(family, dtype=torch.float32, attention=name) for name in ("vkvtrain", stock_attention))
     ids = torch.tensor(rows_of([30], 20))
     full = EvictionConfig(policy="full")
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
@@ -184,9 +183,12 @@ def test_float64_is_left_alone():
     ids, mask = right_padded(rows_of([7, 20], steps=30))
     found = []
     for autocast in (False, True):
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            with simulated_eviction(model, CONFIG, [7, 20]) as trace:
-                model(input_ids=ids, attention_mask=mask)
+        with (
+            torch.no_grad(),
+            torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+            simulated_eviction(model, CONFIG, [7, 20]) as trace,
+        ):
+            model(input_ids=ids, attention_mask=mask)
         found.append(trace.evict_at)
     assert all(torch.equal(found[0][layer], found[1][layer]) for layer in found[0])
 

@@ -137,7 +137,7 @@ def test_replicas_are_refused(mask):
         dense(replica_of(model), mask)
     assert torch.equal(dense(replica_of(model)), full)
     # made before the block: it is in no simulation
-    with pytest.raises((RuntimeError, ValueError), match="no attention layer ran|in no simulation"):
+    with pytest.raises((RuntimeError, ValueError), match=r"no attention layer ran|in no simulation"):
         evicted(model, outside, mask)
 
 
@@ -149,17 +149,15 @@ def test_another_model_with_the_same_configuration_object(family, mask):
     model = tiny_family(family)
     other = type(model)(model.config).to(torch.float64).eval()
     expected = dense(other, mask)
-    refused = False
     with simulated_eviction(model, CONFIG, [6, 6]) as trace:
         ours = dense(model, mask)
-        try:
-            assert (dense(other, mask) - expected).abs().max() < 1e-9
-        except ValueError as error:
-            assert "configuration of its own" in str(error)
-            refused = True
+        if mask is None and family == "Qwen3":
+            assert torch.equal(dense(other, mask), expected)
+        else:
+            with pytest.raises(ValueError, match="configuration of its own"):
+                dense(other, mask)
         with trace.suspended():
             assert torch.equal(dense(other, mask), expected)
-    assert refused == (mask is not None or family != "Qwen3")
     assert torch.equal(evicted(model, mask=mask)[0], ours)
     assert torch.equal(dense(other, mask), expected)
 
@@ -180,7 +178,7 @@ def test_nested_blocks_of_two_models(shared):
 
 @torch.no_grad()
 def test_copies():
-    """A copy made before a block is dense in it, a shallow one is the model itself, one made inside shares the block."""
+    """One made before a block is dense in it; a shallow one is the model itself; one made inside shares the block."""
     model = tiny_model()
     full, simulated = dense(model, None), evicted(model, mask=None)
     before = copy.deepcopy(model)
@@ -240,14 +238,13 @@ def test_a_block_without_a_pass_raises():
         trace.suspended(),
     ):
         dense(model)
-    whole = model.model.layers
-    model.model.layers = whole[:2]  # not in the model while the block runs, but when it begins
-    with pytest.raises(RuntimeError, match=r"not every layer \(layer 2 did not\)"):
-        model.model.layers = whole
-        with simulated_eviction(model, CONFIG, [6, 6]):
-            model.config.num_hidden_layers = 2
-            dense(model)
-    model.config.num_hidden_layers = 3
+    layers, model.model.layers[1].forward = model.model.layers, lambda hidden, **_: hidden  # a layer that is skipped
+    with (
+        pytest.raises(RuntimeError, match=r"not every layer \(layer 1 did not\)"),
+        simulated_eviction(model, CONFIG, [6, 6]),
+    ):
+        dense(model)
+    del layers[1].forward
     with pytest.raises(KeyError), simulated_eviction(model, CONFIG, [6, 6]):
         raise KeyError("what went wrong is not hidden")
     assert trace.closed

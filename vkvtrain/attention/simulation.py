@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from vkvtrain.attention import reference, sliding
 from vkvtrain.attention.backends import BACKENDS, attend, attend_and_decide, resolve
 from vkvtrain.attention.inputs import after_virtual_tokens, check_streams, checked_prompts, right_padded_lengths
-from vkvtrain.attention.modules import attention_modules, virtual_tokens
 from vkvtrain.attention.packing import Layout, checked_documents
 from vkvtrain.config import EvictionConfig
 from vkvtrain.events import Chunks
 from vkvtrain.foresight import Foresight
 from vkvtrain.lifetimes import Plan, Row, make_plan, never_evicted
 from vkvtrain.logits import LogitForm
+from vkvtrain.modules import attention_modules, virtual_tokens
 from vkvtrain.noise import Stream
 from vkvtrain.selection import Selector
 from vkvtrain.support import LayerKind, check_attention, layer_kinds

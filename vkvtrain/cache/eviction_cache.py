@@ -111,6 +111,11 @@ class EvictionCache(Cache):
     def crop(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise ValueError("EvictionCache cannot be cropped: evicted entries are gone (assisted decoding needs cropping)")
 
+    @property
+    def max_cache_len(self) -> NoReturn:
+        """What PEFT asks for before it puts the entries of a prefix into another cache in the place of this one."""
+        raise ValueError("prefix tuning does not work with EvictionCache: its entries were written by no token")
+
     def activate_past_recording(self) -> NoReturn:
         raise ValueError("assisted decoding does not work with EvictionCache: generate without an assistant")
 

@@ -21,6 +21,7 @@ from vkvtrain.generation.decoders import Compiled, Eager
 from vkvtrain.generation.journal import Journal, context_of
 from vkvtrain.generation.requests import Completion, Request, check_requests
 from vkvtrain.generation.sampling import Sampler
+from vkvtrain.modules import virtual_tokens
 from vkvtrain.support import layer_kinds
 from vkvtrain.versions import cache_argument
 
@@ -62,6 +63,11 @@ def generate(
         raise ValueError(f"slots must be at least 1, got {slots}")
     if model.training:
         raise ValueError("the model is in training mode, where dropout is random: call model.eval() first")
+    if virtual_tokens(model):
+        raise ValueError(
+            "the model has a prompt-tuning adapter, whose virtual tokens PEFT would put before every decoded token "
+            "here: decode with model.generate(...) and an EvictionCache"
+        )
     check_requests(requests, model.config, tokenizer)
     if compile and grows(layer_kinds(model.config, config)):
         raise ValueError(

@@ -129,7 +129,7 @@ def token_losses(model: Any, ids: Tensor, config: EvictionConfig) -> Tensor:
 @torch.no_grad()
 def value_ranges(model: Any, ids: Tensor) -> list[dict[str, float]]:
     """Of each layer: how the value ranges `max_d v - min_d v` are distributed over positions, heads and texts."""
-    caches = [DynamicCache(config=model.config) for _ in ids]
+    caches: list[Any] = [DynamicCache(config=model.config) for _ in ids]
     for row, cache in zip(ids, caches, strict=True):
         model(input_ids=row[None], **cache_argument(cache))
     rows = []

@@ -7,7 +7,7 @@ from peft import LoraConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuni
 
 from vkvtrain import EvictionCache, EvictionConfig, simulated_eviction
 from vkvtrain.generation import Request, generate
-from vkvtrain.versions import cache_argument
+from vkvtrain.versions import CACHE_ARGUMENT, cache_argument
 
 CONFIG = EvictionConfig(policy="vase_attnv", budget=24, window=8, sinks=2)
 VIRTUAL = 5
@@ -84,3 +84,30 @@ def test_the_slot_engine_refuses_virtual_tokens(name):
         list(generate(prefix_tuned(), CONFIG, [request], slots=1, end_tokens=()))
     lora = adapted(LoraConfig(r=2, target_modules=["q_proj"]))
     assert len(list(generate(lora, CONFIG, [request], slots=1, end_tokens=()))) == 1
+
+
+@pytest.mark.parametrize("name", COUNTED)
+@torch.no_grad()
+def test_generation_with_virtual_tokens(name):
+    """PEFT's `generate` gives the cache what the simulation sees. Where PEFT does not know the cache's newer name it
+    puts the virtual tokens before every token, which the cache refuses."""
+    model, ids = adapted(COUNTED[name]()), torch.tensor(rows_of([6], steps=0))
+    cache = EvictionCache(CONFIG, model.config)
+
+    def generated():
+        return model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), **cache_argument(cache), max_new_tokens=50,
+            do_sample=False,
+        )  # fmt: skip
+
+    if CACHE_ARGUMENT == "cache":
+        with pytest.raises(ValueError, match="second chunk"):
+            generated()
+        return
+    tokens = generated()
+    with simulated_eviction(model, CONFIG, [6]) as trace:
+        logits = model(input_ids=tokens).logits
+    assert torch.equal(logits[0, VIRTUAL + 5 : -1].argmax(-1), tokens[0, 6:])
+    for layer in range(2):
+        held = held_at(trace.evict_at[layer], 0, tokens.shape[1] - 1 + VIRTUAL)
+        assert held == cache.positions(layer, 0).tolist()

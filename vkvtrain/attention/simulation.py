@@ -208,8 +208,10 @@ class Trace:
     ) -> tuple[Plan, "Layout | None"]:
         """Plan and layout of the pass on a layer's device: with a device map the layers lie on several."""
         if self._shape is None:
-            unpadded = mask is None or any(mask is other for other in self._unpadded)
-            lengths = [width] * rows if unpadded else right_padded_lengths(mask, rows, width)
+            if mask is None or any(mask is other for other in self._unpadded):
+                lengths = [width] * rows
+            else:
+                lengths = right_padded_lengths(mask, rows, width)
             self._unpadded.clear()
             layout = None if self._documents is None else Layout(self._documents, lengths, width)
             if layout is None and rows != len(self._prompts):

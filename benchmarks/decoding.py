@@ -33,6 +33,7 @@ from transformers import Cache, DynamicCache, Qwen3Config, Qwen3ForCausalLM, Sta
 from vkvtrain import EvictionCache, EvictionConfig
 from vkvtrain.cache import layer
 from vkvtrain.generation.decoders import Compiled, Eager, compiled
+from vkvtrain.versions import cache_argument
 
 WARM_UP = 4
 """Steps of each decoding that are not timed: they compile, and record CUDA graphs."""
@@ -118,7 +119,7 @@ class Stock:
         self.cache = cache
 
         def step(tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-            return model(input_ids=tokens, position_ids=positions, past_key_values=cache).logits
+            return model(input_ids=tokens, position_ids=positions, **cache_argument(cache)).logits
 
         self.forward = compiled(step, model.device) if compile else step
 
@@ -147,7 +148,7 @@ def decode(side: Side, prompt: torch.Tensor, tokens: int) -> Decoding:
     """`tokens` greedy steps after the prompt and a few steps that warm up."""
     device = prompt.device
     cache = side.make_cache()
-    logits = side.model(input_ids=prompt, past_key_values=cache, logits_to_keep=1).logits
+    logits = side.model(input_ids=prompt, **cache_argument(cache), logits_to_keep=1).logits
     decoder = side.decoder(side.model, cache)
     position = torch.full((len(prompt), 1), prompt.shape[1], device=device)
     times = []

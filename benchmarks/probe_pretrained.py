@@ -31,12 +31,13 @@ from scipy import stats
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from vkvtrain import EvictionConfig, simulated_eviction
 from vkvtrain.ablation.statistics import interval, paired_interval
 from vkvtrain.events import evictions_by
 from vkvtrain.policies import POLICIES
+from vkvtrain.versions import cache_argument
 
 ROOT = Path(__file__).parents[1]
 BLOCK = 128
@@ -128,7 +129,9 @@ def token_losses(model: Any, ids: Tensor, config: EvictionConfig) -> Tensor:
 @torch.no_grad()
 def value_ranges(model: Any, ids: Tensor) -> list[dict[str, float]]:
     """Of each layer: how the value ranges `max_d v - min_d v` are distributed over positions, heads and texts."""
-    caches = [model(input_ids=row[None]).past_key_values for row in ids]
+    caches: list[Any] = [DynamicCache(config=model.config) for _ in ids]
+    for row, cache in zip(ids, caches, strict=True):
+        model(input_ids=row[None], **cache_argument(cache))
     rows = []
     for layer in range(len(caches[0].layers)):
         values = torch.cat([cache.layers[layer].values for cache in caches])  # [texts, Hkv, S, D]

@@ -23,6 +23,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from vkvtrain import EvictionCache, EvictionConfig
 from vkvtrain.generation import Request, generate
+from vkvtrain.versions import cache_argument
 
 
 @dataclass
@@ -97,7 +98,7 @@ def static(model: Any, config: EvictionConfig, requests: list[Request], slots: i
         mask = [[0] * pad + [1] * (width - pad) for pad in padding]
         out = model.generate(
             torch.tensor(rows, device=model.device), attention_mask=torch.tensor(mask, device=model.device),
-            past_key_values=EvictionCache(config, model.config, [request.stream for request in batch]),
+            **cache_argument(EvictionCache(config, model.config, [request.stream for request in batch])),
             max_new_tokens=max(request.max_new_tokens for request in batch), do_sample=False,
         )  # fmt: skip
         responses += [

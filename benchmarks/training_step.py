@@ -23,6 +23,7 @@ from vkvtrain.training.data import Batch
 from vkvtrain.training.objectives import ModelWithLoss
 from vkvtrain.training.passes import simulation
 from vkvtrain.training.settings import TrainingSettings
+from vkvtrain.versions import enable_checkpointing
 
 MODELS: dict[str, dict[str, int]] = {
     "small": {
@@ -78,7 +79,7 @@ def steps(settings: Settings, tokens: int) -> dict[str, Callable[[], None]]:
     config = Qwen3Config(**arguments)
     with device:
         base = Qwen3ForCausalLM(config).to(dtype)
-    base.gradient_checkpointing_enable({"use_reentrant": False})
+    enable_checkpointing(base, use_reentrant=False)
     base.enable_input_require_grads()
     adapted: Any = get_peft_model(base, LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM"))
     model = ModelWithLoss(adapted, TrainingSettings(steps=1)).train()

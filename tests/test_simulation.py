@@ -274,7 +274,7 @@ def test_a_stock_cache_inside_the_block():
             logits = model(input_ids=ids, use_cache=True).logits
         assert torch.equal(logits[0], simulate(model, CONFIG, [ROWS[0]], [6], None)[0][0])
         past = model(input_ids=ids[:, :8], use_cache=True).past_key_values
-        with pytest.raises(ValueError, match="leave past_key_values out"), simulated_eviction(model, CONFIG, [6]):
+        with pytest.raises(ValueError, match="leave the cache out"), simulated_eviction(model, CONFIG, [6]):
             model(input_ids=ids[:, 8:], past_key_values=past)
 
 

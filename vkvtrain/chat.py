@@ -12,6 +12,7 @@ from transformers import TextStreamer
 from vkvtrain.cache import EvictionCache
 from vkvtrain.config import EvictionConfig
 from vkvtrain.loading import Loaded, load
+from vkvtrain.versions import cache_argument
 
 _MARK = "\u241e"
 """Stands for an answer when a chat template is asked for what comes after it."""
@@ -71,9 +72,9 @@ class Conversation:
         out = self.model.generate(
             input_ids=torch.tensor([self.tokens], device=self.model.device),
             attention_mask=torch.ones(1, given, dtype=torch.int64, device=self.model.device),
-            past_key_values=self.cache,
             use_cache=True,
             streamer=streamer,
+            **cache_argument(self.cache),
             **settings,
         )
         self.tokens = out[0].tolist()

@@ -34,6 +34,7 @@ from vkvtrain.ablation.statistics import interval, paired_interval
 from vkvtrain.training.data import Row, collate, load_data
 from vkvtrain.training.run_directory import FINISHED
 from vkvtrain.training.settings import DataSettings
+from vkvtrain.versions import cache_argument
 
 ROOT = Path(__file__).parents[2]
 RECIPES = {"dense_lora": "recipes/smollm2/dense.yaml", "eviction_lora": "recipes/smollm2/vase.yaml"}
@@ -108,7 +109,7 @@ def generate(model: Any, tokenizer: Any, config: EvictionConfig, new_tokens: int
     batch = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
     cache, began = EvictionCache(config, model.config), time.monotonic()
     out = model.generate(
-        **batch, past_key_values=cache, min_new_tokens=new_tokens, max_new_tokens=new_tokens, do_sample=False
+        **batch, **cache_argument(cache), min_new_tokens=new_tokens, max_new_tokens=new_tokens, do_sample=False
     )
     seconds = time.monotonic() - began
     text = tokenizer.decode(out[0, batch["input_ids"].shape[1] :], skip_special_tokens=True)

@@ -23,6 +23,7 @@ from transformers.masking_utils import (
 from vkvtrain.attention.simulation import Trace, simulation_of, simulation_of_config
 from vkvtrain.cache import RowLayer, layer_of, mask_is_made, refuse_dropped_cache
 from vkvtrain.logits import LogitForm, attend
+from vkvtrain.precision import attention_dtype, outside_autocast
 from vkvtrain.support import ATTENTION
 
 
@@ -53,6 +54,14 @@ def attention_forward(
     simulation, layer = simulation_of(module), layer_of(key)
     if layer is None and not torch.compiler.is_compiling():
         refuse_dropped_cache()
+    if simulation is None and attention_mask is not None and attention_mask.dim() == 2:
+        raise ValueError(
+            f"a two-dimensional attention mask reached a {type(module).__name__} that is in no simulation: inside a "
+            "simulated_eviction block the model's configuration object stands for the model, so give another model a "
+            "configuration of its own (copy.deepcopy(model.config)), and make copies of the model outside the block"
+        )
+    dtype = attention_dtype(value) if layer is None else key.dtype
+    query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     factor = query.shape[-1] ** -0.5 if scaling is None else scaling
     form = LogitForm(factor, kwargs.get("softcap"), kwargs.get("s_aux"))
     if simulation is None and layer is None:
@@ -62,7 +71,8 @@ def attention_forward(
             )
         _refuse_dropout(dropout, "an attention with a soft cap or sinks")
         is_causal = attention_mask is None and query.shape[2] > 1
-        return attend(query, key, value, form, attention_mask, is_causal).transpose(1, 2), None
+        with outside_autocast(query.device):
+            return attend(query, key, value, form, attention_mask, is_causal).transpose(1, 2), None
     if kwargs.get("position_bias") is not None:
         raise ValueError(
             f"{type(module).__name__} passes 'position_bias' to its attention, which eviction does not support"
@@ -71,14 +81,17 @@ def attention_forward(
         raise ValueError("simulated_eviction and EvictionCache exclude each other: use the cache outside the block")
     if layer is not None:
         _refuse_dropout(dropout, "EvictionCache")
-        if isinstance(layer, RowLayer):
-            layer_arguments = query, key, value, attention_mask, form
-            return _decode(layer, kwargs.get("position_ids"), *layer_arguments), None
-        return type(layer).attend(layer, query, key, value, attention_mask, form), None  # a static view's is compiled
+        with outside_autocast(query.device):
+            if isinstance(layer, RowLayer):
+                layer_arguments = query, key, value, attention_mask, form
+                return _decode(layer, kwargs.get("position_ids"), *layer_arguments), None
+            # a static view's layer is compiled with the model
+            return type(layer).attend(layer, query, key, value, attention_mask, form), None
     assert simulation is not None
     _refuse_dropout(dropout, "a simulation")
     index: Any = module.layer_idx
-    return _simulate(simulation, index, query, key, value, attention_mask, form), None
+    with outside_autocast(query.device):
+        return _simulate(simulation, index, query, key, value, attention_mask, form), None
 
 
 def _uncompiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -106,6 +119,8 @@ def _refuse_dropout(dropout: float, where: str) -> None:
 def attention_mask(*args: Any, **kwargs: Any) -> Tensor | None:
     """What `sdpa_mask` makes; in a simulation the two-dimensional mask itself, never one of S^2 elements.
 
+    None, plain causality, is right for every model that shares the configuration; any other mask has to be seen.
+
     Raises:
         ValueError: in a simulation, a mask that two dimensions cannot say: custom patterns, or documents that the
             simulation was not told of.
@@ -116,12 +131,15 @@ def attention_mask(*args: Any, **kwargs: Any) -> Tensor | None:
     simulation = None if config is None else simulation_of_config(config)
     if simulation is None:
         return sdpa_mask(*args, **kwargs)
-    if not _is_known(kwargs.get("mask_function", causal_mask_function), simulation.is_packed):
+    function, mask = kwargs.get("mask_function", causal_mask_function), kwargs.get("attention_mask")
+    if not _is_known(function, simulation.is_packed):
         raise ValueError(
             "simulated_eviction takes right-padded rows: name the documents of packed sequences by documents=, and "
             "pass a two-dimensional attention_mask instead of custom mask patterns"
         )
-    return kwargs.get("attention_mask")
+    if mask is None and function is not causal_mask_function:
+        return simulation.unpadded_mask(kwargs["batch_size"], kwargs["q_length"], kwargs["device"])
+    return mask
 
 
 _SLIDING = sliding_window_overlay(1).__qualname__

@@ -19,6 +19,7 @@ from vkvtrain.gather import Entries
 from vkvtrain.lifetimes import Plan, Walk
 from vkvtrain.logits import LogitForm, score_dtype
 from vkvtrain.logits import attend as attend_entries
+from vkvtrain.precision import outside_autocast
 from vkvtrain.selection import Selector
 
 _LOGITS = 2**19
@@ -81,9 +82,15 @@ class _Segments(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        with outside_autocast(gradients[0].device):  # the caller may be in it
+            return _Segments._gradients(ctx, gradients[0].transpose(1, 2))
+
+    @staticmethod
+    def _gradients(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        """Of the inputs, given that of the output [B, Hq, S, Dv]."""
         query, key, value, sinks, evict_at = ctx.saved_tensors
         layer = _Layer(query, key, value, ctx.plan, ctx.form)
-        upstream, dtype = gradients[0].transpose(1, 2), score_dtype(key.dtype)
+        dtype = score_dtype(key.dtype)
         # a key is added to by every segment that sees it
         totals = [
             _by_tokens(query, query.shape[-1], query.dtype), _by_tokens(key, key.shape[-1], dtype),

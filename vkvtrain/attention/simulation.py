@@ -1,38 +1,53 @@
 """Simulated eviction: one parallel pass in which every query sees what it would see while decoding.
 
-The state of a simulation is reached from the attention module, through a weak map filled from `model.modules()`:
-recomputation under gradient checkpointing runs in an autograd worker thread on CUDA, where thread-local state and
-context variables are not to be had.
+The state of a simulation is reached from the attention module, by an attribute of each: copies of modules carry it
+along, and compilers guard on it. Recomputation under gradient checkpointing runs in an autograd worker thread on CUDA,
+where thread-local state and context variables are not to be had.
 """
 
-import inspect
-import operator
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from vkvtrain.attention import reference, sliding
 from vkvtrain.attention.backends import BACKENDS, attend, attend_and_decide, resolve
+from vkvtrain.attention.inputs import after_virtual_tokens, check_streams, checked_prompts, right_padded_lengths
 from vkvtrain.attention.packing import Layout, checked_documents
 from vkvtrain.config import EvictionConfig
-from vkvtrain.events import Chunks, normalise_chunks
+from vkvtrain.events import Chunks
 from vkvtrain.foresight import Foresight
 from vkvtrain.lifetimes import Plan, Row, make_plan, never_evicted
 from vkvtrain.logits import LogitForm
-from vkvtrain.noise import Stream, stream_key
+from vkvtrain.modules import attention_modules, virtual_tokens
+from vkvtrain.noise import Stream
 from vkvtrain.rope import check_rope
 from vkvtrain.selection import Selector
 from vkvtrain.support import LayerKind, check_attention, layer_kinds
 
-_simulations: "WeakKeyDictionary[nn.Module, Trace]" = WeakKeyDictionary()
-"""The simulation that each attention module is in, or was in when it last ran."""
-_by_config: "dict[int, Trace]" = {}
+_LINK = "_vkvtrain_simulation"
+"""The attribute of an attention module that ties it to the simulation that it is in, or was in when it last ran."""
+_open: "dict[int, list[Trace]]" = {}
 """Open simulations by the identity of the model configuration, which is all that a mask function is told."""
+
+
+class Link:
+    """What ties an attention module to a simulation; copies of the module made within the block share it."""
+
+    def __init__(self, trace: "Trace") -> None:
+        self.trace = trace
+
+    def __deepcopy__(self, memo: Any) -> "Link":
+        return self
+
+    def __reduce__(self) -> Any:
+        return _no_link, ()
+
+
+def _no_link() -> None:
+    """What a module that is pickled within a block has in the place of its link when it is loaded."""
 
 
 def simulation_of(module: nn.Module) -> "Trace | None":
@@ -40,25 +55,36 @@ def simulation_of(module: nn.Module) -> "Trace | None":
 
     Raises:
         RuntimeError: in a backward pass, after the simulation that the forward ran in was left.
+        ValueError: a replica of `nn.DataParallel`, which has rows of which the simulation does not know the places.
     """
-    trace = _simulations.get(module)
-    if trace is None:
+    link: Link | None = getattr(module, _LINK, None)
+    if link is None:
         return None
+    trace = link.trace
     if trace.closed:
+        if torch.compiler.is_compiling():
+            return None  # recomputation is never compiled
         if in_backward():
             raise RuntimeError(
                 "the backward pass recomputes a layer whose simulated_eviction block has been left: call "
                 "loss.backward() inside the block"
             )
-        del _simulations[module]
+        delattr(module, _LINK)
         return None
+    if getattr(module, "_is_replica", False):
+        raise ValueError(
+            "simulated_eviction does not work under nn.DataParallel, whose replicas have a part of the rows each: "
+            "launch one process for each GPU (torchrun or accelerate launch)"
+        )
     return trace if trace.attends else None
 
 
 def simulation_of_config(config: Any) -> "Trace | None":
     """The open simulation of a model, by its configuration object."""
-    trace = _by_config.get(id(config))
-    return trace if trace is not None and trace.attends else None
+    for trace in _open.get(id(config), ()):
+        if trace.attends:
+            return trace
+    return None
 
 
 def in_backward() -> bool:
@@ -102,6 +128,7 @@ class Trace:
         self._documents = documents
         self._shape: tuple[int, int] | None = None
         self._plans: dict[torch.device, tuple[Plan, Layout | None]] = {}
+        self._unpadded: list[Tensor] = []
 
     @property
     def rows(self) -> list[Row]:
@@ -118,6 +145,12 @@ class Trace:
         """Whether attention is the simulation's now: also while it is suspended, if it keeps documents apart."""
         return self.is_packed or not self.is_suspended
 
+    def unpadded_mask(self, rows: int, width: int, device: torch.device) -> Tensor:
+        """A two-dimensional mask without padding, which is known for one: its lengths are not asked of the device."""
+        mask = torch.ones(rows, width, dtype=torch.bool, device=device)
+        self._unpadded.append(mask)
+        return mask
+
     @contextmanager
     def suspended(self) -> Iterator[None]:
         """Attention is full inside (packed documents stay apart): for a teacher's forward pass, without gradients."""
@@ -132,7 +165,7 @@ class Trace:
     ) -> Tensor:
         """Attention output [B, S, Hq, D] of a layer; decides its `evict_at` unless this is a recomputation."""
         if query.shape[2] != key.shape[2]:
-            raise ValueError("simulated_eviction needs the whole sequence in one pass: leave past_key_values out")
+            raise ValueError("simulated_eviction needs the whole sequence in one pass: leave the cache out")
         if layer in self.evict_at and not self.is_suspended and not in_backward():
             raise RuntimeError(
                 f"layer {layer} ran twice in one simulated_eviction block: open a block for each forward pass, and run "
@@ -176,7 +209,11 @@ class Trace:
     ) -> tuple[Plan, "Layout | None"]:
         """Plan and layout of the pass on a layer's device: with a device map the layers lie on several."""
         if self._shape is None:
-            lengths = [width] * rows if mask is None else _right_padded_lengths(mask, rows, width)
+            if mask is None or any(mask is other for other in self._unpadded):
+                lengths = [width] * rows
+            else:
+                lengths = right_padded_lengths(mask, rows, width)
+            self._unpadded.clear()
             layout = None if self._documents is None else Layout(self._documents, lengths, width)
             if layout is None and rows != len(self._prompts):
                 raise ValueError(
@@ -192,35 +229,6 @@ class Trace:
             plan, layout = next(iter(self._plans.values()))
             self._plans[device] = (plan.on(device), layout and layout.on(device))
         return self._plans[device]
-
-
-def _right_padded_lengths(mask: Tensor, rows: int, width: int) -> list[int]:
-    if tuple(mask.shape) != (rows, width):
-        raise ValueError(
-            f"simulated_eviction needs a two-dimensional attention_mask [{rows}, {width}], got {list(mask.shape)}"
-        )
-    mask = mask.bool()
-    empty = (~mask.any(-1)).nonzero().flatten().tolist()
-    if empty:
-        raise ValueError(f"row {empty[0]} of the batch is all padding: give every row a token")
-    if bool((mask[:, 1:] & ~mask[:, :-1]).any()) or not bool(mask[:, 0].all()):
-        raise ValueError("simulated_eviction needs right-padded rows: set the tokenizer's padding_side to 'right'")
-    return mask.sum(-1).tolist()
-
-
-def _checked_prompt(prompt: Any) -> int | list[tuple[int, int]]:
-    """An entry of `prompt_lengths`: a positive length (Python's, NumPy's or a tensor's), or chunks."""
-    try:
-        length = operator.index(prompt)
-    except TypeError:
-        if not isinstance(prompt, Sequence) or isinstance(prompt, str):
-            raise ValueError(
-                f"prompt_lengths must hold whole numbers or lists of (start, end) chunks, got {prompt!r}"
-            ) from None
-        return normalise_chunks(prompt)
-    if length < 1:
-        raise ValueError(f"prompt_lengths must be positive, got {length}")
-    return length
 
 
 @contextmanager
@@ -240,7 +248,8 @@ def simulated_eviction(
         model: a transformers model loaded with `attn_implementation="vkvtrain"`, PEFT and other wrappers included.
         config: the eviction setting.
         prompt_lengths: of each row the length of its prompt, or a list of (start, end) chunks that decoding would
-            append without eviction.
+            append without eviction. The virtual tokens of a prompt-tuning adapter are not counted here: they belong to
+            the prompt, and `evict_at` has them as its first columns.
         streams: names each row's randomness, ints or tuples of ints; default 0, 1, ...
         backend: `segments`, `flex`, `reference`, or `auto` (`flex` on a GPU that can, else `segments`).
         documents: of each row the token lengths of the documents packed into it, in order, such as [[12, 9], [30]];
@@ -252,20 +261,21 @@ def simulated_eviction(
 
     Raises:
         ValueError: a model that cannot evict or whose attention is another one, or settings that do not fit the batch.
-        RuntimeError: a second forward pass in the block, or a backward pass after it.
+        RuntimeError: a second forward pass in the block, a block without one or in which a layer did not run, or a
+            backward pass after it.
     """
     if backend != "auto" and backend not in BACKENDS:
         raise ValueError(f"backend must be auto, {' or '.join(BACKENDS)}, got {backend!r}")
-    prompts = [_checked_prompt(prompt) for prompt in prompt_lengths]
-    if not prompts:
-        raise ValueError("prompt_lengths is empty: give one entry for each row of the batch")
-    if streams is not None:
-        if len(streams) != len(prompts):
-            raise ValueError(f"streams has {len(streams)} entries for {len(prompts)} prompt_lengths: give one each")
-        for stream in streams:
-            stream_key(config.seed, stream)
+    prompts = checked_prompts(prompt_lengths)
+    check_streams(config.seed, streams, len(prompts))
     if documents is not None:
         documents = checked_documents(documents, prompts)
+    added = virtual_tokens(model)
+    if added and documents is not None:
+        raise ValueError(
+            "documents= does not work with a prompt-tuning adapter: its virtual tokens begin each row only"
+        )
+    prompts = [after_virtual_tokens(prompt, added) for prompt in prompts]
     modules = attention_modules(model)
     if not modules:
         raise ValueError("simulated_eviction found no attention layers in the model: pass a transformers decoder model")
@@ -274,31 +284,32 @@ def simulated_eviction(
     check_rope(model_config)
     kinds = layer_kinds(model_config, config)
     for module in modules:
-        outer = _simulations.get(module)
-        if outer is not None and not outer.closed:
+        link: Link | None = getattr(module, _LINK, None)
+        if link is not None and not link.trace.closed:
             raise RuntimeError("the model is in a simulated_eviction block already: leave that one first")
     trace = Trace(config, kinds, prompts, streams, backend, documents)
     configs = {id(module.config): module.config for module in modules}  # kept alive by the modules
-    _simulations.update(dict.fromkeys(modules, trace))
-    _by_config.update(dict.fromkeys(configs, trace))
+    for module in modules:
+        setattr(module, _LINK, Link(trace))
+    for identity in configs:
+        _open.setdefault(identity, []).append(trace)
     try:
         yield trace
+        _check_all_ran(trace, {module.layer_idx for module in modules})
     finally:
         trace.closed = True
         for identity in configs:
-            _by_config.pop(identity, None)
+            _open[identity].remove(trace)
+            if not _open[identity]:
+                del _open[identity]
 
 
-def attention_modules(model: nn.Module) -> list[Any]:
-    """The attention modules of a transformers model: they have a `layer_idx` and a configuration, and their forward
-    takes a cache."""
-    return [
-        module
-        for module in model.modules()
-        if "layer_idx" in vars(module) and "config" in vars(module) and _takes_a_cache(type(module))
-    ]
-
-
-@cache
-def _takes_a_cache(kind: type[nn.Module]) -> bool:
-    return "past_key_values" in inspect.signature(kind.forward).parameters
+def _check_all_ran(trace: Trace, layers: set[int]) -> None:
+    """Raise RuntimeError for layers that no attention call of the block reached, whose eviction was not simulated."""
+    missing = sorted(layers - trace.evict_at.keys())
+    if missing:
+        which = "no attention layer" if len(missing) == len(layers) else f"not every layer (layer {missing[0]} did not)"
+        raise RuntimeError(
+            f"{which} ran in a simulated_eviction block, so nothing says what eviction does there: run one forward "
+            "pass inside the block, of the model that was given to it and not of a copy made before"
+        )

@@ -13,6 +13,7 @@ from vkvtrain.cache.step import Counters, Step
 from vkvtrain.config import EvictionConfig
 from vkvtrain.logits import LogitForm
 from vkvtrain.noise import Stream, stream_key
+from vkvtrain.precision import attention_dtype
 from vkvtrain.selection import Selector
 
 _LAYER = "_vkvtrain_cache_layer"
@@ -27,6 +28,21 @@ def carry(key: Tensor, layer: Any) -> Tensor:
 def layer_of(key: Tensor) -> Any:
     """The cache layer that returned this key tensor from `update`; None without one."""
     return getattr(key, _LAYER, None)
+
+
+def in_one_dtype(key: Tensor, value: Tensor, stored: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Keys and values in the dtype in which attention is entered.
+
+    Raises:
+        ValueError: it is not that of the entries that are stored, because autocast came or went within a sequence.
+    """
+    dtype = attention_dtype(value)
+    if stored is not None and stored.dtype != dtype:
+        raise ValueError(
+            f"this EvictionCache holds entries in {stored.dtype} and was given {dtype}: decode a whole sequence with "
+            "autocast or without"
+        )
+    return key.to(dtype), value.to(dtype)
 
 
 class Shared:
@@ -162,8 +178,9 @@ class RowLayer(CacheLayerMixin):
     get_max_cache_shape = get_max_length
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Take the new tokens' keys and values [rows, Hkv, q, D]; returns what they attend to."""
+        """Take the new tokens' keys and values [rows, Hkv, q, D]; returns what they attend to, in one dtype."""
         rows, _, new, _ = key_states.shape
+        key_states, value_states = in_one_dtype(key_states, value_states, self.keys)
         if new == 0:
             raise ValueError("EvictionCache was given no tokens: pass at least one")
         if not self.is_initialized:

@@ -14,6 +14,7 @@ from vkvtrain.cache.sliding import SlidingLayer
 from vkvtrain.cache.step import Step
 from vkvtrain.config import EvictionConfig
 from vkvtrain.noise import Stream, stream_key
+from vkvtrain.precision import outside_autocast
 from vkvtrain.rope import check_rope
 from vkvtrain.support import LayerKind, check_attention, layer_kinds
 
@@ -136,6 +137,11 @@ class EvictionCache(Cache):
     def crop(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise ValueError("EvictionCache cannot be cropped: evicted entries are gone (assisted decoding needs cropping)")
 
+    @property
+    def max_cache_len(self) -> NoReturn:
+        """What PEFT asks for before it puts the entries of a prefix into another cache in the place of this one."""
+        raise ValueError("prefix tuning does not work with EvictionCache: its entries were written by no token")
+
     def activate_past_recording(self) -> NoReturn:
         raise ValueError("assisted decoding does not work with EvictionCache: generate without an assistant")
 
@@ -160,7 +166,8 @@ class EvictionCache(Cache):
         step = self._step(evicting[0])
         for layer in self.row_layers:
             layer.finish(step if layer.evicts else self._step(layer))
-        evict(evicting, step)
+        with outside_autocast(step.device):
+            evict(evicting, step)
         return bool(step.due)
 
     def _step(self, layer: RowLayer) -> Step:

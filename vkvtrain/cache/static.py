@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from vkvtrain.cache.base import RowLayer, carry
+from vkvtrain.cache.base import RowLayer, carry, in_one_dtype
 from vkvtrain.cache.eviction_cache import EvictionCache
 from vkvtrain.cache.layer import EvictionLayer
 from vkvtrain.cache.sliding import SlidingLayer
@@ -132,6 +132,7 @@ class _StaticLayer(CacheLayerMixin):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         assert self.keys is not None
         assert self.values is not None
+        key_states, value_states = in_one_dtype(key_states, value_states, self.keys)
         slot = self.place().to(key_states.device)[:, None, None, None]
         self.keys.scatter_(2, slot.expand(key_states.shape), key_states)
         self.values.scatter_(2, slot.expand(value_states.shape), value_states)

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
 
 from vkvtrain.cache import EvictionCache, StaticView
+from vkvtrain.versions import cache_argument
 
 
 def compiled(step: Callable[..., Tensor], device: torch.device) -> Callable[..., Tensor]:
@@ -29,7 +30,7 @@ class Eager:
 
     def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """Logits [rows, 1, V] after one token a row, both int64 [rows, 1]."""
-        return self.model(input_ids=tokens, position_ids=positions, past_key_values=self.cache).logits
+        return self.model(input_ids=tokens, position_ids=positions, **cache_argument(self.cache)).logits
 
     def replace_row(self, row: int, other: EvictionCache) -> None:
         """Put the first row of another cache in the place of `row`."""
@@ -50,7 +51,7 @@ class Compiled:
         self._view = view = StaticView(cache, capacity)
 
         def step(tokens: Tensor) -> Tensor:
-            logits = model(input_ids=tokens, position_ids=view.positions, past_key_values=view).logits
+            logits = model(input_ids=tokens, position_ids=view.positions, **cache_argument(view)).logits
             view.advance()
             return logits
 

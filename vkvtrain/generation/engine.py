@@ -21,7 +21,9 @@ from vkvtrain.generation.decoders import Compiled, Eager
 from vkvtrain.generation.journal import Journal, context_of
 from vkvtrain.generation.requests import Completion, Request, check_requests
 from vkvtrain.generation.sampling import Sampler
+from vkvtrain.modules import virtual_tokens
 from vkvtrain.support import layer_kinds
+from vkvtrain.versions import cache_argument
 
 
 def generate(
@@ -61,6 +63,11 @@ def generate(
         raise ValueError(f"slots must be at least 1, got {slots}")
     if model.training:
         raise ValueError("the model is in training mode, where dropout is random: call model.eval() first")
+    if virtual_tokens(model):
+        raise ValueError(
+            "the model has a prompt-tuning adapter, whose virtual tokens PEFT would put before every decoded token "
+            "here: decode with model.generate(...) and an EvictionCache"
+        )
     check_requests(requests, model.config, tokenizer)
     if compile and grows(layer_kinds(model.config, config)):
         raise ValueError(
@@ -157,7 +164,7 @@ class _Engine:
     def _prefill(self, row: _Row, cache: EvictionCache) -> None:
         """Give the prompt to an empty cache and choose the first token."""
         ids = torch.tensor([row.request.prompt], device=self.model.device)
-        logits = self.model(input_ids=ids, past_key_values=cache, logits_to_keep=1).logits
+        logits = self.model(input_ids=ids, **cache_argument(cache), logits_to_keep=1).logits
         _Batch([row], self.model.device).choose(logits)
 
     def _ended(self, row: _Row) -> bool | None:

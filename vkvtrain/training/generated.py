@@ -49,10 +49,11 @@ def generated(run: Run) -> dict[str, float]:
     found = []
     if mine:
         ends = {run.tokenizer.eos_token_id, *(row.input_ids[-1] for row in rows)}
-        answers = generate(
-            run.adapted, config, requests(rows)[accelerator.process_index :: accelerator.num_processes],
-            slots=settings.training.batch_per_device, end_tokens=ends, tokenizer=run.tokenizer,
-        )  # fmt: skip
+        with accelerator.autocast():  # as the training pass computes
+            answers = generate(
+                run.adapted, config, requests(rows)[accelerator.process_index :: accelerator.num_processes],
+                slots=settings.training.batch_per_device, end_tokens=ends, tokenizer=run.tokenizer,
+            )  # fmt: skip
         found = [(right(run, row, one), one.finished, one.evictions) for row, one in zip(mine, answers, strict=True)]
     run.model.train()
     everyone = gather_object(found)

@@ -250,7 +250,8 @@ def batches_of_step(run: Run, config: EvictionConfig | None) -> tuple[list[Batch
     share = (recipe, run.data.train, run.step, accelerator.process_index, accelerator.num_processes)
     if recipe.training.objective != "on_policy":
         return step_batches(*share, run.pad, accelerator.device), []
-    rollouts = roll_out(run.adapted, run.tokenizer, config, step_rows(*share), recipe)
+    with accelerator.autocast():  # as the training pass computes
+        rollouts = roll_out(run.adapted, run.tokenizer, config, step_rows(*share), recipe)
     rollouts.sort(key=lambda rollout: -rollout.row.length)
     rows = [(rollout.row, rollout.epoch) for rollout in rollouts]
     return in_batches(rows, recipe.training.batch_per_device, run.pad, accelerator.device), rollouts

@@ -11,6 +11,7 @@ from vkvtrain.loading import load_config
 from vkvtrain.support import ATTENTION, layer_kinds
 from vkvtrain.tiny import MODEL_PATH
 from vkvtrain.training.settings import REWRITES_BASE, LoraSettings, ModelSettings, Recipe
+from vkvtrain.versions import enable_checkpointing
 
 
 def model_name(recipe: Recipe) -> str:
@@ -90,7 +91,7 @@ def load_model(recipe: Recipe) -> Any:
     if settings.gradient_checkpointing:
         # not reentrant, whatever the engine: reentrant checkpointing breaks under DDP, and gives an adapter no gradient
         # unless the embeddings require one; ZeRO-3, which once needed it, trains the same without (DeepSpeed 0.19)
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        enable_checkpointing(model, use_reentrant=False)
         model.enable_input_require_grads()
     if lora.continue_from is not None:
         return PeftModel.from_pretrained(model, lora.continue_from, is_trainable=True)

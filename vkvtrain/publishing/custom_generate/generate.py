@@ -3,7 +3,7 @@
     model.generate(**inputs, custom_generate=repository, trust_remote_code=True, max_new_tokens=1024)
 
 Takes the arguments of `generate`, and `eviction={"budget": 4096}` to change fields of the setting below. The cache is
-returned with `return_dict_in_generate=True`; passing it again as `past_key_values` continues the sequence.
+returned with `return_dict_in_generate=True`; passing it again continues the sequence.
 """
 
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 from transformers import GenerationMixin
 
 from vkvtrain import EvictionCache, EvictionConfig
+from vkvtrain.versions import cache_argument, take_cache
 
 _MIXIN: Any = GenerationMixin  # `model.generate` may be this very function
 
@@ -23,7 +24,6 @@ def generate(
     model: Any,
     eviction: dict[str, Any] | None = None,
     streams: Any = None,
-    past_key_values: Any = None,
     **arguments: Any,
 ) -> Any:
     """`model.generate`, with an `EvictionCache` for its cache.
@@ -33,18 +33,18 @@ def generate(
         model: the model; its attention implementation is set, and put back afterwards.
         eviction: fields of `EvictionConfig` that replace this repository's.
         streams: what names each prompt's randomness; default 0, 1, ...
-        past_key_values: the `EvictionCache` of sequences to continue; default a new one.
-        arguments: of `generate`.
+        arguments: of `generate`; an `EvictionCache` continues its sequences, the default is a new one.
     """
     for name in ("custom_generate", "trust_remote_code"):
         arguments.pop(name, None)
+    cache = take_cache(arguments)
     if input_ids is not None:
         arguments["input_ids"] = input_ids
     before = model.config._attn_implementation
     model.set_attn_implementation("vkvtrain")
     try:
-        if past_key_values is None:
-            past_key_values = EvictionCache(EvictionConfig(**{**EVICTION, **(eviction or {})}), model.config, streams)
-        return _MIXIN.generate(model, past_key_values=past_key_values, **arguments)
+        if cache is None:
+            cache = EvictionCache(EvictionConfig(**{**EVICTION, **(eviction or {})}), model.config, streams)
+        return _MIXIN.generate(model, **cache_argument(cache), **arguments)
     finally:
         model.set_attn_implementation(before)

@@ -144,7 +144,8 @@ def check_engine(accelerator: Accelerator) -> None:
             raise ValueError(
                 "FSDP version 1 is not supported: set fsdp_version: 2, as accelerate_configs/fsdp2.yaml does"
             )
-        if accelerator.state.fsdp_plugin.activation_checkpointing:
+        plugin = accelerator.state.fsdp_plugin
+        if plugin is not None and plugin.activation_checkpointing:
             raise ValueError(
                 "fsdp_activation_checkpointing is not supported: set model.gradient_checkpointing in the recipe instead"
             )

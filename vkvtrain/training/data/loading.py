@@ -1,6 +1,6 @@
 """The tokenised rows of a recipe: read, understood, templated, and left out where they are too long."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,13 +34,14 @@ class Reading:
             self.unusable += not found
 
 
-def load_data(settings: DataSettings, tokenizer: Any, progress: bool = False) -> TrainingData:
+def load_data(settings: DataSettings, tokenizer: Any, progress: bool = False, ends: Sequence[int] = ()) -> TrainingData:
     """The tokenised rows of a recipe.
 
     Args:
         settings: what to read.
         tokenizer: the model's.
         progress: whether to show a bar.
+        ends: tokens at which the model's generation configuration ends a response.
 
     Raises:
         ValueError: a source that is missing or malformed, or of which nothing is left to train on.
@@ -54,7 +55,7 @@ def load_data(settings: DataSettings, tokenizer: Any, progress: bool = False) ->
         reading = Reading(records, settings, name if progress else None)
         kept = []
         with fixed_date(tokenizer, settings.date):
-            for row in tokenise(reading, tokenizer, settings):
+            for row in tokenise(reading, tokenizer, settings, ends):
                 all_lengths.append(row.length)
                 if limit is None or row.length <= limit:
                     kept.append(row)
@@ -72,7 +73,8 @@ def load_data(settings: DataSettings, tokenizer: Any, progress: bool = False) ->
         parts.append(kept)
         unusable += reading.unusable
     check_packing(settings, parts[0])
-    return TrainingData(parts[0], parts[1], too_long, unusable)
+    taught = {row.input_ids[-1] for part in parts for row in part}
+    return TrainingData(parts[0], parts[1], too_long, unusable, frozenset({*ends, *taught}))
 
 
 def check_packing(settings: DataSettings, rows: list[Row]) -> None:

@@ -88,9 +88,15 @@ def positions(model_config: Any) -> int:
 def check_requests(requests: Sequence[Request], model_config: Any, tokenizer: Any) -> None:
     """Raise ValueError for the first request that cannot be answered, by its place in the list."""
     limit = positions(model_config)
+    entries = model_config.get_text_config(decoder=True).vocab_size
     for place, request in enumerate(requests):
         if not request.prompt:
             raise ValueError(f"request {place}: the prompt is empty, give it at least one token")
+        if max(request.prompt) >= entries:
+            raise ValueError(
+                f"request {place}: the prompt holds token {max(request.prompt)}, but the model's embedding has "
+                f"{entries} entries: use the model's own tokenizer, or resize the embedding first"
+            )
         if request.max_new_tokens < 1:
             raise ValueError(f"request {place}: max_new_tokens must be at least 1, got {request.max_new_tokens}")
         if len(request.prompt) + request.max_new_tokens > limit:

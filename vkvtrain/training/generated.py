@@ -24,7 +24,7 @@ SOURCE = "tiny:keyed_sum"
 """Generated data that have a grader."""
 
 
-def right(run: Run, row: Row, completion: Completion, ends: Collection[int]) -> bool:
+def right(run: Run, row: Row, completion: Completion, ends: Collection[int] = ()) -> bool:
     """Whether a response is right, whichever of the end tokens it stops with; see the module."""
     expected = list(row.input_ids[row.prompt_length :])
     if run.recipe.data.source == SOURCE:

@@ -147,10 +147,10 @@ def _once(tokenizer: Any, text: str, tokens: list[int]) -> list[int]:
     return tokens[:-1] if closed and eos != bos else tokens
 
 
-THINK_ENDS = ("</think>", "[/THINK]")
-"""End tags that are looked for when none is named (Qwen3, DeepSeek-R1, Phi-4 and others; Magistral)."""
 _CHANNELS = ("<|channel|>analysis<|message|>", "<|channel|>final<|message|>")
 """gpt-oss: its thoughts are messages in one channel, its answer is the message in the other."""
+THINK_ENDS = ("</think>", "[/THINK]", _CHANNELS[1])
+"""End tags that are looked for when none is named (Qwen3, DeepSeek-R1, Phi-4 and others; Magistral; gpt-oss)."""
 _WORDS = (("START_", "END_"), ("begin_of_", "end_of_"))
 _THOUGHT = re.compile(
     r"(?:<\|?(?:think|thinking|thoughts?|reasoning|begin_of_thought|START_THINKING)\|?>|\[THINK\]|◁think▷"

@@ -16,8 +16,8 @@ def final_answer(response: str, prompt: str = "", think_end: str | None = None, 
     Args:
         response: the generated text.
         prompt: the text before it, chat template included.
-        think_end: the model's end-of-thinking tag; default `</think>` or `[/THINK]`. That of gpt-oss is
-            `<|channel|>final<|message|>`, and then `response` is decoded with its special tokens.
+        think_end: the model's end-of-thinking tag; by default that of the tag with which thoughts begin: `</think>`,
+            `[/THINK]`, or gpt-oss' `<|channel|>final<|message|>` (if `response` is decoded with its special tokens).
         cut_off: whether the limit ended the response.
     """
     start = Thoughts.behind(prompt, think_end).answer_start(response, not cut_off)

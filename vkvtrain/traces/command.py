@@ -67,7 +67,7 @@ class Arguments:
     date: str | None = None
     """The day that the chat template takes for today, if it writes one: `2026-11-24`."""
     think_end: str | None = None
-    """What ends the model's thoughts, if not `</think>`: `<|channel|>final<|message|>` for gpt-oss."""
+    """What ends the model's thoughts, if not `</think>`, `[/THINK]` or gpt-oss' `<|channel|>final<|message|>`."""
     temperature: float = 0.6
     """Sampling temperature; 0 is greedy."""
     top_p: float = 0.95

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig, PeftModel
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from vkvtrain.config import CONFIG_NAME
 from vkvtrain.ends import saved_ends, stop_at
@@ -95,8 +95,13 @@ def _write_adapter(run: Run, directory: Path) -> None:
     settings: Any = PeftConfig.from_pretrained(str(run.directory))
     settings.base_model_name_or_path, settings.revision = run.base.name, run.base.revision
     settings.save_pretrained(directory)
-    if (run.directory / GENERATION).is_file():  # absent in runs of earlier versions
-        shutil.copyfile(run.directory / GENERATION, directory / GENERATION)
+    for source, revision in ((str(run.directory), None), (run.base.source, run.base.revision)):
+        try:  # runs of earlier versions have none, some base models neither
+            generation = GenerationConfig.from_pretrained(source, revision=revision or "main")
+        except OSError:
+            continue
+        generation.to_json_file(directory / GENERATION)
+        return
 
 
 def _write_merged(run: Run, directory: Path) -> None:

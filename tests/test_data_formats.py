@@ -15,6 +15,7 @@ from vkvtrain.training.data.sources import read_records
 from vkvtrain.training.settings import DataSettings
 
 USER, ASSISTANT = {"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "<think>t</think>4"}
+ANSWER, TEXT = {"role": "assistant", "content": "4"}, {"prompt": "a", "completion": "b"}
 OPEN_R1 = {
     "problem": "2+2?", "answer": "4", "generations": ["a", "b", "c", "d"],
     "correctness_math_verify": [False, True, True, True], "is_reasoning_complete": [True, False, True, True],
@@ -149,9 +150,59 @@ def test_system_prompts():
     assert examples({"prompt": "a", "completion": "b"}, system="mine")[0].prompt == "a"  # text is text
 
 
+def test_a_system_column():
+    system = {"role": "system", "content": "own"}
+    beside = {"messages": [system, USER, ASSISTANT], "system": "own"}
+    assert examples(beside)[0].prompt == (system, USER)  # they say the same
+    for role in ("system", "developer"):
+        other = {"messages": [{"role": role, "content": "other"}, USER, ASSISTANT], "system": "own"}
+        with pytest.raises(ValueError, match=r"both a 'system' column and a system message: set data.system"):
+            examples(other)
+        assert examples(other, system="mine")[0].prompt == ({"role": "system", "content": "mine"}, USER)
+    assert examples({"prompt": [USER], "completion": "4", "system": "own"})[0].prompt == (system, USER)
+    assert examples(OPEN_R1 | {"system": "own"})[0].prompt == (system, USER)
+    text = {"prompt": "a", "completion": "b", "system": "own"}
+    with pytest.raises(ValueError, match="the prompt is text, so the 'system' column would be dropped"):
+        examples(text)
+    assert examples(text, system="")[0].prompt == "a"
+    assert examples(text | {"system": None})[0].prompt == "a"
+
+
+@pytest.mark.parametrize("values", [OPEN_R1, {"messages": [USER, ASSISTANT]}, {"prompt": "a", "completion": "b"}])
+def test_tools_are_not_dropped(values):
+    for column in ("tools", "functions"):
+        with pytest.raises(ValueError, match=f"row 3: the '{column}' column would be dropped"):
+            examples(values | {column: [{"name": "search"}]})
+    for nothing in (None, [], "", "[]"):
+        assert examples(values | {"tools": nothing})
+
+
+@pytest.mark.parametrize(
+    ("values", "settings", "names"),
+    [
+        ({"messages": [USER, ANSWER]}, {"instruction": "Think."}, ["instruction"]),
+        ({"messages": [USER, ANSWER]}, {"choose": "all_correct", "seed": 3}, ["choose", "seed"]),
+        (TEXT, {"system": "s", "turns": "each", "response": "rendered"}, ["turns", "system", "response"]),
+        (TEXT, {"template_kwargs": {"enable_thinking": False}}, ["template_kwargs"]),
+        (TEXT, {"config": "main", "split": "test", "revision": "v1"}, ["config", "revision", "split"]),
+        ({"messages": [USER, ANSWER]}, {"system": "s", "turns": "each", "response": "rendered"}, []),
+        (OPEN_R1, {"instruction": "i", "choose": "random_correct", "seed": 3, "response": "written"}, []),
+        (TEXT, {"response": "written"}, []),
+    ],
+)
+def test_settings_that_change_nothing_say_so(values, settings, names, tmp_path, recwarn):
+    (tmp_path / "rows.jsonl").write_text((json.dumps(values) + "\n") * 2)
+    load_data(DataSettings(source=str(tmp_path / "rows.jsonl"), held_out=0, **settings), chat_tokenizer("phi4"))
+    said = [str(one.message).split(" ")[0] for one in recwarn if "has no effect" in str(one.message)]
+    assert sorted(said) == sorted(f"data.{name}" for name in names)
+
+
 @pytest.mark.parametrize(
     ("values", "says"),
     [
+        ({"messages": [USER, ASSISTANT | {"tool_calls": [{"name": "x"}]}]}, "the trained turn has 'tool_calls'"),
+        ({"prompt": [USER], "completion": [ASSISTANT | {"function_call": {"name": "x"}}]}, "'function_call'"),
+        ({"messages": [USER, ASSISTANT], "system": ["x"]}, "'system' must be text, got list"),
         ({"messages": []}, "'messages' must be a list of turns"),
         ({"messages": "hello"}, "'messages' must be a list of turns, got str"),
         ({"messages": [USER]}, "the last turn must be the assistant's, got 'user'"),
@@ -210,7 +261,11 @@ def test_sources_that_cannot_be_read(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     broken = tmp_path / "rows.parquet"
     broken.write_bytes(b"no parquet")
+    script = tmp_path / "script"
+    script.mkdir()
+    (script / "script.py").write_text("import datasets\n")
     for source, says in {
+        str(script): r"cannot be loaded: .*script\.py",
         str(broken): "is not a Parquet file",
         str(tmp_path / "none.parquet"): "there is no file",
         "nonsense": "is no file .*no data set on the Hub",

@@ -8,6 +8,7 @@ from vkvtrain.training.data.templates import tokenise
 from vkvtrain.training.settings import DataSettings
 
 ASK = ({"role": "user", "content": "2+2?"},)
+SETTINGS = DataSettings(source="x")
 THOUGHT = "<think>\ntwo and two\n</think>\n\n4"
 
 
@@ -54,9 +55,9 @@ def test_a_turn_ends_with_the_template_s_token_not_with_the_end_of_sequence():
     assert response == THOUGHT + "<|end|>"
 
 
-def refused(name, completion, **settings):
+def refused(name, completion, prompt=ASK, **settings):
     with pytest.raises(ValueError, match="row 3") as error:
-        rows(name, completion, **settings)
+        rows(name, completion, prompt, **settings)
     sentence, *shown = str(error.value).splitlines()
     return sentence, shown
 
@@ -87,6 +88,52 @@ def test_a_response_without_thoughts_is_not_trained_as_a_thought():
     assert r"assistant\n4<|im_end|>" in written
     assert r"assistant\n<think>\n\n</think>" in template
     assert rows("qwen3", "4", response="rendered")[0][1] == "<think>\n\n</think>\n\n4<|im_end|>"
+
+
+@pytest.mark.parametrize("response", ["checked", "written", "rendered"])
+@pytest.mark.parametrize(
+    ("name", "completion"),
+    [
+        ("deepseek_r1", "<think>\n12 * 12 is"), ("qwen3", "<think>\n12 * 12 is"), ("phi4", "<think>\n12 * 12 is"),
+        ("deepseek_r1", "<think>\n<think>\n12 * 12 is"), ("phi4", "\n[THINK]12 * 12 is"),
+        ("qwen3", "<thinking>12 * 12 is"), ("qwen3", "<|begin_of_thought|>12 * 12 is"),
+        ("gpt_oss", "<|channel|>analysis<|message|>12 * 12 is"),
+    ],
+)  # fmt: skip
+def test_a_trace_that_was_cut_off_in_its_thoughts_is_refused(name, completion, response):
+    sentence, _ = refused(name, completion, response=response)
+    if response == "written" or name == "phi4":
+        assert "would be trained as a thought without an end" in sentence
+
+
+def test_a_prompt_that_is_text_may_open_thoughts():
+    for prompt in ("2+2?<think>\n", "2+2?[THINK]"):
+        sentence, _ = refused("qwen3", "two and", prompt=prompt)
+        assert "the generation prompt opens" in sentence
+    assert rows("qwen3", "two and two</think>4", prompt="2+2?<think>\n")[0][1] == "two and two</think>4<|im_end|>"
+    assert rows("qwen3", "It opens thoughts.", prompt="What is <think> for?")[0][1] == "It opens thoughts.<|im_end|>"
+    assert rows("phi4", "<think></think>4", response="written")[0][1] == "<think></think>4<|end|>"
+    assert rows("phi4", "<b>4</b>")[0][1] == "<b>4</b><|end|>"
+
+
+def test_what_a_template_raises_is_told_with_the_row():
+    tokenizer = chat_tokenizer("phi4")
+    for broken, says in (
+        ("raise_exception('no system role')", "no system role"),
+        ("messages[0].name + ''", "no attribute 'name'"),
+        ("messages[0].content + 1", "concatenate"),
+    ):
+        tokenizer.chat_template = f"{{{{ {broken} if messages[0].role == 'system' }}}}" + TEMPLATES["phi4"]
+        asked = Example(({"role": "system", "content": "s"}, *ASK), "4", "row 2")
+        with pytest.raises(ValueError, match=f"row 2: the chat template refuses this conversation: .*{says}"):
+            list(tokenise([Example(ASK, "4", "row 1"), asked], tokenizer, SETTINGS))
+
+
+@pytest.mark.parametrize("prompt", ["\ud83d", ({"role": "user", "content": "\ud83d"},)])
+def test_half_a_surrogate_pair_is_told_with_the_row(prompt):
+    for example in (Example(prompt, "4", "row 7"), Example("a", "4\udc00", "row 7")):
+        with pytest.raises(ValueError, match=r"row 7 holds half a surrogate pair \('\\ud"):
+            list(tokenise([example], chat_tokenizer("phi4"), SETTINGS))
 
 
 def test_thoughts_behind_a_prompt_that_has_closed_them():

@@ -81,14 +81,20 @@ def test_a_full_cache_answers_as_stock_lm_eval_does():
 
 def test_tokens_are_counted_to_the_rows_own_end():
     """A stop string ends some rows early; what the batch went on for is not theirs."""
-    asked = requests(until=["j"])  # nine keys never reach it
-    alone = [generate(model(1), [request])[1][0] for request in requests(until=["j"])]
+    whole, _ = generate(model(6), requests())
+    asked = requests(until=["6"])
+    alone = [generate(model(1), [request])[1][0] for request in requests(until=["6"])]
     texts, records = generate(model(6), asked)
     assert records == alone
-    assert not any("j" in text for text in texts)
-    for (record,) in records[1:]:
-        assert record["text"].endswith("j")
+    answers = [text.partition("</think>")[2] for text in whole]
+    assert [text.partition("</think>")[2] for text in texts] == [answer.partition("6")[0] for answer in answers]
+    assert sum("6" in answer for answer in answers) in range(1, 6)
+    assert sum("6" in text.partition("</think>")[0] for text in texts) >= 4  # within thoughts it means nothing
+    for answer, (record,) in zip(answers, records, strict=True):
+        assert record["text"].endswith("6") == ("6" in answer)
         assert not record["looping_or_cut_off"]
+    named, _ = generate(model(6, think_end_token="</think>"), requests(until=["6"]))
+    assert named == [text.partition("</think>")[2] for text in texts]
 
 
 def test_a_cut_off_generation_is_said_to_be_one():

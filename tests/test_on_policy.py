@@ -51,7 +51,7 @@ def test_simulation_and_rollout_give_equal_log_probabilities_in_float64(tmp_path
         if "lora_B" in name:
             torch.nn.init.normal_(weight, std=0.1)
     rows = [(Row(index, [3 + index, 1, 4, 1, 5, 9, 2, 6][: 8 - index], 8 - index), 0) for index in range(3)]
-    rollouts = roll_out(model, SimpleNamespace(eos_token_id=None), config, rows, settings)
+    rollouts = roll_out(model, SimpleNamespace(eos_token_id=None, chat_template=None), config, rows, settings)
     assert {len(rollout.log_probs) for rollout in rollouts} == {40}
     log_probs, trace = simulated_log_probs(model, settings, config, rollouts)
     assert min(len(row.events) for row in trace.rows) >= 2

@@ -11,6 +11,7 @@ from transformers import TextStreamer
 
 from vkvtrain.cache import EvictionCache
 from vkvtrain.config import EvictionConfig
+from vkvtrain.ends import encode, end_tokens
 from vkvtrain.loading import Loaded, load
 from vkvtrain.versions import cache_argument
 
@@ -55,18 +56,39 @@ class Conversation:
     def message_tokens(self, text: str) -> list[int]:
         """The tokens that a message adds to the sequence, up to where the answer begins."""
         if self.tokenizer.chat_template is None:
-            return self.tokenizer(text, add_special_tokens=not self.tokens)["input_ids"]
+            if not self.tokens:
+                return encode(self.tokenizer, [text])[0]
+            return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        added = self._rendered(text)
+        return added[self._shared(added) :]
+
+    def _rendered(self, text: str) -> list[int]:
+        """What the template writes of a message, and before it behind the last answer to close that."""
         turns = [{"role": "user", "content": text}]
         if self.tokens:
             turns = [{"role": "user", "content": "-"}, {"role": "assistant", "content": _MARK}, *turns]
         rendered = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         after = rendered.partition(_MARK)[2] if self.tokens else rendered
-        added = self.tokenizer(after, add_special_tokens=False)["input_ids"]
-        # the template closes the answer; an answer that ended by itself has closed itself
-        return added[1:] if self.tokens and added[:1] == self.tokens[-1:] else added
+        return self.tokenizer(after, add_special_tokens=False)["input_ids"]
+
+    def _shared(self, added: list[int]) -> int:
+        """Tokens with which the sequence ends and `added` begins: an answer that ended by itself has closed itself."""
+        longest = min(len(added), len(self.tokens))
+        return next((count for count in range(longest, 0, -1) if self.tokens[-count:] == added[:count]), 0)
+
+    def _leave_the_closing_to_the_template(self, text: str) -> None:
+        """Drop an end token that is not the template's (an end of sequence in ChatML, gpt-oss' `<|return|>`).
+
+        It is the last token, which no cache has seen yet.
+        """
+        if not self.tokens or self.tokenizer.chat_template is None or self._shared(self._rendered(text)):
+            return
+        if self.tokens[-1] in end_tokens(self.tokenizer, self.model.generation_config):
+            self.tokens.pop()
 
     def answer(self, text: str, streamer: Any, **settings: Any) -> int:
         """Generate the answer to a message; returns the number of its tokens."""
+        self._leave_the_closing_to_the_template(text)
         self.tokens += self.message_tokens(text)
         given = len(self.tokens)
         out = self.model.generate(

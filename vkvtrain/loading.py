@@ -10,6 +10,7 @@ from transformers.utils import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from vkvtrain.config import EvictionConfig
+from vkvtrain.ends import end_tokens, saved_ends, stop_at
 from vkvtrain.rope import fixed_rope
 from vkvtrain.support import ATTENTION, layer_kinds
 
@@ -36,7 +37,8 @@ def load(
     """A model in evaluation mode, its tokenizer, and the eviction setting that it was trained for.
 
     The model decodes with `model.generate(..., past_key_values=EvictionCache(eviction, model.config))`; without that
-    cache it is the plain model. Adapters stay adapters (a `PeftModel`), so that `disable_adapter()` gives the base.
+    cache it is the plain model. Either way it stops where training taught it to. Adapters stay adapters (a
+    `PeftModel`), so that `disable_adapter()` gives the base.
 
     Args:
         name_or_path: a directory or Hub repository with `eviction_config.json` and either an adapter or whole weights.
@@ -57,6 +59,8 @@ def load(
     except OSError as error:
         raise ValueError(f"{name!r} cannot be loaded: {' '.join(str(error).split())}") from None
     layer_kinds(model.config, eviction)
+    stop_at(model.generation_config, saved_ends(name, revision))  # an adapter's are not its base model's
+    stop_at(model.generation_config, end_tokens(tokenizer, model.generation_config))
     return Loaded(model.eval(), tokenizer, eviction)
 
 

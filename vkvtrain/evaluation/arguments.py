@@ -6,6 +6,7 @@ from typing import Any
 
 import transformers
 
+from vkvtrain import chat_templates
 from vkvtrain.cache import grows
 from vkvtrain.config import EvictionConfig
 from vkvtrain.support import LayerKind
@@ -26,6 +27,14 @@ def check_arguments(arguments: dict[str, Any]) -> None:
     for name, reason in _REFUSED.items():
         if arguments.get(name):
             raise ValueError(f"{name}={arguments[name]!r} is not supported ({reason})")
+
+
+def check_template(tokenizer: Any, arguments: dict[str, Any]) -> None:
+    """Raise ValueError for `chat_template_args`, or `enable_thinking`, that the tokenizer's template does not read."""
+    if tokenizer.chat_template:
+        given = {name: arguments[name] for name in ("enable_thinking",) if arguments.get(name) is not None}
+        given |= arguments.get("chat_template_args") or {}
+        chat_templates.check_arguments(tokenizer, given, "chat_template_args")
 
 
 def own_generation_settings(pretrained: str, revision: str) -> dict[str, Any]:

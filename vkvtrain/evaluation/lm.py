@@ -26,8 +26,10 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from vkvtrain.clock import day_of, fix_day
+from vkvtrain.ends import Thoughts, encode, end_tokens, saved_ends, stop_at
 from vkvtrain.evaluation.arguments import (
     check_arguments,
+    check_template,
     own_generation_settings,
     take_compile,
     take_eviction_config,
@@ -47,7 +49,7 @@ from vkvtrain.evaluation.records import (
 )
 from vkvtrain.evaluation.sampling import check_generation, sampling_of
 from vkvtrain.evaluation.scoring import Continuation, batches, score
-from vkvtrain.evaluation.thinking import final_answer
+from vkvtrain.evaluation.thinking import divided
 from vkvtrain.generation import Completion, Request, generate
 from vkvtrain.loading import load_config
 from vkvtrain.noise import canonical_stream
@@ -106,8 +108,10 @@ class EvictionLM(_HFLM):
                 f"the launcher was asked for {asked} processes but this evaluation has {accelerator.num_processes}: "
                 "launch CPU processes with ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes"
             )
+        self._is_rendered = False
         super().__init__(pretrained, backend="causal", **arguments)
         self.date = fix_day(self.tokenizer, day, self.journal and self.journal / "date", "date")
+        check_template(self.tokenizer, arguments)
         self.think_end_token = self._think_end(self.think_end_token)
         if accelerator.num_processes > 1:
             # HFLM counts the visible GPUs of a machine: wrong on CPU, with one GPU a rank, or on several machines
@@ -117,15 +121,15 @@ class EvictionLM(_HFLM):
             self._model.to(self._device)
 
     def _think_end(self, tag: Any) -> str | None:
-        """The end-of-thinking tag as text, which decoding must not drop."""
+        """The end-of-thinking tag as text, its special tokens included."""
         if tag is None:
             return None
         tokens = [tag] if isinstance(tag, int) else self.tok_encode(tag, add_special_tokens=False)
         text = self.tok_decode(tokens, skip_special_tokens=False) if isinstance(tag, int) else tag
-        if text not in self.tok_decode(tokens):
+        if text not in self.tok_decode(tokens, skip_special_tokens=False) or self._end_tokens() & set(tokens):
             raise ValueError(
-                f"think_end_token={tag!r} does not appear in decoded text (it is a special token, or unknown to the "
-                "tokenizer): name the text that the model writes after its thinking"
+                f"think_end_token={tag!r} does not appear in decoded text before an answer (it is unknown to the "
+                "tokenizer, or ends a generation): name the text that the model writes after its thinking"
             )
         return text
 
@@ -133,12 +137,36 @@ class EvictionLM(_HFLM):
         super()._get_config(pretrained, **arguments)
         self._config = fixed_rope(self._config)
 
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """A conversation as text; from then on requests are such texts, which say all their special tokens."""
+        self._is_rendered = True
+        return super().apply_chat_template(chat_history, add_generation_prompt)
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """The template that lm-eval names in its results; asked for where requests are rendered by it."""
+        self._is_rendered = bool(chat_template)
+        return super().chat_template(chat_template)
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **arguments: Any) -> list[int]:
+        """The tokens of a text, with one beginning of sequence, as in training.
+
+        HFLM adds the tokenizer's special tokens to a rendered conversation too, where its template writes no BOS.
+        """
+        if add_special_tokens is None and self.add_bos_token is None:
+            if not self._is_rendered:
+                (tokens,) = encode(self.tokenizer, [string])
+                longest = arguments.get("left_truncate_len")
+                return tokens[-longest:] if longest else tokens
+            add_special_tokens = False
+        return super().tok_encode(string, add_special_tokens, **arguments)
+
     def _create_model(self, pretrained: str, *args: Any, peft: str | None = None, **kwargs: Any) -> None:
         super()._create_model(pretrained, *args, **kwargs, config=self._config, attn_implementation=ATTENTION)
         if peft:
             from peft import PeftModel  # HFLM's own loading resizes embeddings that are meant to be padded
 
             self._model = PeftModel.from_pretrained(self._model, peft, revision=kwargs.get("revision"))
+            stop_at(self._model.generation_config, saved_ends(peft, kwargs.get("revision")))
             self._model.eval()
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
@@ -186,20 +214,23 @@ class EvictionLM(_HFLM):
         longest = self.max_length - limit
         if longest < 1:
             raise ValueError(f"max_gen_toks ({limit}) must be less than the model's max_length ({self.max_length})")
-        end = self.tok_decode([self.eot_token_id], skip_special_tokens=False)
+        end = "" if self.eot_token_id is None else self.tok_decode([self.eot_token_id], skip_special_tokens=False)
         until = handle_stop_sequences(settings["until"], eos=end)
         stop = tuple(text for text in until if text and text != end)
         prompt = tuple(self.tok_encode(arguments[0]))
         sampling = sampling_of(settings, self.model.generation_config, self.eviction.seed)
-        request = Request(prompt[-longest:], limit, (asked.doc_id or 0, repeat), sampling, stop)
+        thoughts = Thoughts.behind(str(arguments[0]), self.think_end_token)
+        request = Request(prompt[-longest:], limit, (asked.doc_id or 0, repeat), sampling, stop, thoughts)
         return _Job(asked, repeat, request, until, len(prompt) > longest)
 
     def _generation(self, job: "_Job", completion: Completion) -> Generation:
-        """A response as lm-eval wants it, before its stop strings, and with `think_end_token` after its thinking."""
+        """A response as lm-eval wants it: its answer cut at stop strings; with `think_end_token` without thoughts."""
+        assert job.request.thoughts is not None
         tokens, cut_off, prompt = completion.tokens, not completion.finished, len(job.request.prompt)
         raw = self.tok_decode(tokens)
-        answer = final_answer(raw, str(job.asked.args[0]), self.think_end_token, cut_off)
-        text = Generation(postprocess_generated_text(answer if self.think_end_token else raw, job.until, None))
+        thinking, answer = divided(tokens, self.tok_decode, job.request.thoughts, completion.finished)
+        said = postprocess_generated_text(answer, job.until, None)
+        text = Generation(said if self.think_end_token else thinking + said)
         cache = sequence_record(self.model, self.eviction, prompt, prompt + len(tokens) - 1)
         text.record = {
             "stream": [job.asked.doc_id, job.repeat],
@@ -208,10 +239,8 @@ class EvictionLM(_HFLM):
         }
         return text
 
-    def _end_tokens(self) -> set[int]:
-        """Tokens that end a generation: the tokenizer's, and the model's own (some have several)."""
-        own = self.model.generation_config.eos_token_id
-        return {self.eot_token_id, *(own if isinstance(own, list) else [] if own is None else [own])}
+    def _end_tokens(self) -> frozenset[int]:
+        return end_tokens(self.tokenizer, self.model.generation_config)
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> Any:
         """(log-likelihood, whether it is greedy) of each (context, continuation); the context is a prompt.
@@ -234,13 +263,18 @@ class EvictionLM(_HFLM):
         return [answers[place] for place in places]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> Any:
-        """Log-likelihood of each text, in lm-eval's windows of `max_length`; a window's first token is its prompt."""
+        """Log-likelihood of each text, in lm-eval's windows of `max_length`; a window's first token is its prompt.
+
+        The first window begins with one prefix token, as lm-eval's does with `add_bos_token=False`: its own default
+        scores a second one after it where the tokenizer adds one too.
+        """
         jobs, places = distinct(requests)
         rows, owners = [], []
         for job, (request, repeat) in enumerate(jobs):
-            windows = get_rolling_token_windows(
-                self.tok_encode(*texts(request)), self.prefix_token_id, self.max_length, context_len=1
-            )
+            tokens = self.tok_encode(*texts(request), add_special_tokens=False)
+            if tokens[:1] == [self.prefix_token_id]:
+                tokens = tokens[1:]
+            windows = get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length, context_len=1)
             for window, (context, target) in enumerate(map(make_disjoint_window, windows)):
                 stream = (request.doc_id or 0, repeat, window)
                 rows.append(Continuation(tuple(context), tuple(target), stream, prompt=1))

@@ -21,6 +21,7 @@ from vkvtrain.generation.decoders import Compiled, Eager
 from vkvtrain.generation.journal import Journal, context_of
 from vkvtrain.generation.requests import Completion, Request, check_requests
 from vkvtrain.generation.sampling import Sampler
+from vkvtrain.generation.stops import Stops
 from vkvtrain.modules import virtual_tokens
 from vkvtrain.support import layer_kinds
 from vkvtrain.versions import cache_argument
@@ -100,6 +101,7 @@ class _Row:
     place: int | None
     """Number of its request; None in a slot that has nothing to do."""
     request: Request
+    stops: Stops
     tokens: list[int] = field(default_factory=list)
     log_probs: list[float] = field(default_factory=list)
 
@@ -152,8 +154,9 @@ class _Engine:
     def _following(self, waiting: Iterator[tuple[int, Request]]) -> _Row | None:
         """What a free slot takes up: the next request, and then nothing, or what keeps a compiled batch's shape."""
         for place, request in waiting:
-            return _Row(place, request)
-        return _Row(None, Request((0,), 1, 0)) if self.compile else None
+            return _Row(place, request, Stops(request, self.tokenizer))
+        idle = Request((0,), 1, 0)
+        return _Row(None, idle, Stops(idle, None)) if self.compile else None
 
     def _decoder(self, cache: EvictionCache, longest: int) -> "Eager | Compiled":
         if not self.compile:
@@ -169,15 +172,9 @@ class _Engine:
 
     def _ended(self, row: _Row) -> bool | None:
         """Whether a row ended by itself (True) or by its limit (False); None while it goes on."""
-        if row.tokens[-1] in self.ends or (row.request.stop and self._stopped(row)):
+        if row.tokens[-1] in self.ends or row.stops.reached(row.tokens):
             return True
         return False if len(row.tokens) >= row.request.max_new_tokens else None
-
-    def _stopped(self, row: _Row) -> bool:
-        """Whether the last token completed a stop string."""
-        reach = max(len(stop.encode()) for stop in row.request.stop) + 16  # a token is a byte at least
-        text = self.tokenizer.decode(row.tokens[-reach:], skip_special_tokens=False)
-        return any(stop in text for stop in row.request.stop)
 
     def _complete(self, row: _Row, cache: EvictionCache, slot: int) -> Completion:
         stats = cache.stats()[slot]

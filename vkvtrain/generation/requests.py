@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from vkvtrain.ends import Thoughts
 from vkvtrain.noise import Stream, canonical_stream
 
 
@@ -54,7 +55,9 @@ class Request:
     """Names the sequence's randomness, of eviction and of sampling."""
     sampling: Sampling = field(default_factory=Sampling)
     stop: tuple[str, ...] = ()
-    """Texts that end the response as soon as it contains one."""
+    """Texts that end the response as soon as its answer contains one."""
+    thoughts: Thoughts | None = None
+    """Where the answer begins, before which stop strings mean nothing; None: the whole response is answer."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,7 @@ def positions(model_config: Any) -> int:
     """Most tokens of a sequence: `max_position_embeddings`, or what RoPE scaling makes of it."""
     text = model_config.get_text_config(decoder=True)
     own: int = text.max_position_embeddings
-    rope = text.rope_parameters
+    rope = getattr(text, "rope_parameters", None) or {}
     scaled = [part for part in (rope, *rope.values()) if isinstance(part, dict) and part.get("factor")]
     return max([own, *(int(part["factor"] * (part.get("original_max_position_embeddings") or own)) for part in scaled)])
 
@@ -85,9 +88,15 @@ def positions(model_config: Any) -> int:
 def check_requests(requests: Sequence[Request], model_config: Any, tokenizer: Any) -> None:
     """Raise ValueError for the first request that cannot be answered, by its place in the list."""
     limit = positions(model_config)
+    entries = model_config.get_text_config(decoder=True).vocab_size
     for place, request in enumerate(requests):
         if not request.prompt:
             raise ValueError(f"request {place}: the prompt is empty, give it at least one token")
+        if max(request.prompt) >= entries:
+            raise ValueError(
+                f"request {place}: the prompt holds token {max(request.prompt)}, but the model's embedding has "
+                f"{entries} entries: use the model's own tokenizer, or resize the embedding first"
+            )
         if request.max_new_tokens < 1:
             raise ValueError(f"request {place}: max_new_tokens must be at least 1, got {request.max_new_tokens}")
         if len(request.prompt) + request.max_new_tokens > limit:

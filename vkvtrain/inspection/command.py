@@ -14,6 +14,7 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from vkvtrain.config import EvictionConfig
+from vkvtrain.ends import encode
 from vkvtrain.inspection.page import page
 from vkvtrain.inspection.picture import draw
 from vkvtrain.inspection.survival import Survival, policy_overlap, survival
@@ -110,8 +111,11 @@ def read_text(arguments: Arguments) -> tuple[str, str]:
 
 def tokens_of(arguments: Arguments, tokenizer: Any, prompt: str, rest: str) -> tuple[list[int], int]:
     """(tokens, how many of them are the prompt)."""
-    first = tokenizer(prompt)["input_ids"] if prompt else []
-    ids = [*first, *tokenizer(rest, add_special_tokens=not first, verbose=False)["input_ids"]]
+    if prompt:
+        (first,) = encode(tokenizer, [prompt])
+        ids = [*first, *tokenizer(rest, add_special_tokens=False, verbose=False)["input_ids"]]
+    else:
+        first, (ids,) = [], encode(tokenizer, [rest])
     if len(ids) > arguments.max_tokens:
         print(f"the text has {len(ids)} tokens; only the first {arguments.max_tokens} (--max-tokens) are looked at")
         ids = ids[: arguments.max_tokens]

@@ -12,10 +12,12 @@ from peft import PeftConfig, PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from vkvtrain.config import CONFIG_NAME
+from vkvtrain.ends import saved_ends, stop_at
 from vkvtrain.loading import ADAPTER_WEIGHTS
 from vkvtrain.publishing.card import model_card
 from vkvtrain.publishing.measured import Evaluation
 from vkvtrain.publishing.run import Run
+from vkvtrain.training.run_directory import GENERATION
 
 _CODE = Path(__file__).parent / "custom_generate"
 _LIBRARIES = ("python", "vkvtrain", "torch", "transformers", "peft", "accelerate")
@@ -93,11 +95,13 @@ def _write_adapter(run: Run, directory: Path) -> None:
     settings: Any = PeftConfig.from_pretrained(str(run.directory))
     settings.base_model_name_or_path, settings.revision = run.base.name, run.base.revision
     settings.save_pretrained(directory)
-    try:
-        generation = GenerationConfig.from_pretrained(run.base.source, revision=run.base.revision or "main")
-    except OSError:
-        return  # a base model without one; with one it is loaded with the base model in any case
-    generation.save_pretrained(directory)
+    for source, revision in ((str(run.directory), None), (run.base.source, run.base.revision)):
+        try:  # runs of earlier versions have none, some base models neither
+            generation = GenerationConfig.from_pretrained(source, revision=revision or "main")
+        except OSError:
+            continue
+        generation.to_json_file(directory / GENERATION)
+        return
 
 
 def _write_merged(run: Run, directory: Path) -> None:
@@ -105,6 +109,7 @@ def _write_merged(run: Run, directory: Path) -> None:
     model: Any = AutoModelForCausalLM.from_pretrained(
         base.source, revision=base.revision or "main", dtype=dtype, use_safetensors=True
     )
+    stop_at(model.generation_config, saved_ends(str(run.directory)))
     adapted: Any = PeftModel.from_pretrained(model, run.directory)
     adapted.merge_and_unload(safe_merge=True).save_pretrained(directory)
 

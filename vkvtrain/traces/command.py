@@ -14,6 +14,8 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from vkvtrain import ends
+from vkvtrain.chat_templates import check_arguments
 from vkvtrain.clock import day_of, fix_day
 from vkvtrain.generation import Sampling
 from vkvtrain.loading import load_config
@@ -65,7 +67,7 @@ class Arguments:
     date: str | None = None
     """The day that the chat template takes for today, if it writes one: `2026-11-24`."""
     think_end: str | None = None
-    """What ends the model's thoughts, if not `</think>`: `<|channel|>final<|message|>` for gpt-oss."""
+    """What ends the model's thoughts, if not `</think>`, `[/THINK]` or gpt-oss' `<|channel|>final<|message|>`."""
     temperature: float = 0.6
     """Sampling temperature; 0 is greedy."""
     top_p: float = 0.95
@@ -181,9 +183,10 @@ def messages(problem: Problem, arguments: Arguments) -> str | list[dict[str, str
 def encode(prompt: str | list[dict[str, str]], tokenizer: Any, kwargs: dict[str, Any]) -> list[int]:
     """Tokens of a prompt, as a recipe's rows have them."""
     if isinstance(prompt, str):
-        return tokenizer(prompt)["input_ids"]
+        return ends.encode(tokenizer, [prompt])[0]
     if not tokenizer.chat_template:
         raise ValueError("the tokenizer has no chat template to ask problems with: use a chat model")
+    check_arguments(tokenizer, kwargs, "--template-kwargs")
     return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True, **kwargs)["input_ids"]
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vkvtrain.config import EvictionConfig
+from vkvtrain.ends import end_tokens
 from vkvtrain.generation import Completion, Request, Sampling, generate
 from vkvtrain.traces.problems import Problem
 
@@ -64,7 +65,9 @@ def make(
         slots: sequences that are decoded at once.
         journal: file of finished attempts; a rerun goes on from it.
     """
-    end_tokens = ends(model, tokenizer)
+    ends = end_tokens(tokenizer, model.generation_config)
+    if not ends:
+        raise ValueError("neither tokenizer, generation configuration nor template names an end token: set eos_token")
     limit = model.config.get_text_config(decoder=True).max_position_embeddings
     accepted: dict[int, list[Trace]] = {}
     tally = Tally(problems=len(problems))
@@ -78,38 +81,29 @@ def make(
             room = min(max_new_tokens, limit - len(prompt))
             requests.append(Request(prompt, room, (one.number, attempt), sampling))
         done = generate(
-            model, EvictionConfig(policy="full"), requests, slots=slots, end_tokens=end_tokens,
+            model, EvictionConfig(policy="full"), requests, slots=slots, end_tokens=ends,
             progress=f"attempt {attempt + 1} of {attempts}", journal=journal,
         )  # fmt: skip
         for one, request, completion in zip(pending, requests, done, strict=True):
-            text = tokenizer.decode(response_of(completion, end_tokens))
+            text = tokenizer.decode(response_of(completion, ends))
             tally.attempts += 1
             tally.cut_off += not completion.finished
             if completion.finished and one.accepts(tokenizer.decode(list(request.prompt)), text):
                 tally.accepted += 1
                 tally.tokens.append(len(completion.tokens))
-                tally.retokenised += is_retokenised(text, completion, tokenizer, end_tokens)
+                tally.retokenised += is_retokenised(text, completion, tokenizer, ends)
                 accepted.setdefault(one.number, []).append(Trace(text, attempt, len(completion.tokens)))
     return accepted, tally
 
 
-def ends(model: Any, tokenizer: Any) -> frozenset[int]:
-    """Tokens that end a response: the generation configuration's, and the tokenizer's end of sequence."""
-    own = model.generation_config.eos_token_id
-    found = {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id} - {None}
-    if not found:
-        raise ValueError("neither tokenizer nor generation configuration names an end token: set eos_token")
-    return frozenset(found)
-
-
-def response_of(completion: Completion, end_tokens: Collection[int]) -> list[int]:
+def response_of(completion: Completion, ends: Collection[int]) -> list[int]:
     """The response's tokens without its end token."""
-    return completion.tokens[:-1] if completion.tokens[-1] in end_tokens else completion.tokens
+    return completion.tokens[:-1] if completion.tokens[-1] in ends else completion.tokens
 
 
-def is_retokenised(text: str, completion: Completion, tokenizer: Any, end_tokens: Collection[int]) -> bool:
+def is_retokenised(text: str, completion: Completion, tokenizer: Any, ends: Collection[int]) -> bool:
     """Whether training on the text will see other tokens than were generated."""
-    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] != response_of(completion, end_tokens)
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] != response_of(completion, ends)
 
 
 def write(path: Path, rows: Iterable[dict[str, Any]]) -> None:

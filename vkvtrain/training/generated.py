@@ -4,14 +4,16 @@ Right means: the whole response is the one that the data has, or for the embedde
 total is. On other data a right answer in other words counts as wrong, so look at how the number moves, not at its size.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from vkvtrain.config import EvictionConfig
+from vkvtrain.ends import end_tokens
 from vkvtrain.generation import Completion, Request, generate
+from vkvtrain.generation.requests import positions
 from vkvtrain.tiny import task
 from vkvtrain.training.data import Row
 from vkvtrain.training.engines import shards_weights
@@ -22,19 +24,33 @@ SOURCE = "tiny:keyed_sum"
 """Generated data that have a grader."""
 
 
-def right(run: Run, row: Row, completion: Completion) -> bool:
-    """Whether a response is right; see the module."""
+def right(run: Run, row: Row, completion: Completion, ends: Collection[int] = ()) -> bool:
+    """Whether a response is right, whichever of the end tokens it stops with; see the module."""
     expected = list(row.input_ids[row.prompt_length :])
     if run.recipe.data.source == SOURCE:
         final = run.tokenizer.decode(expected).partition(task.END_THINK)[2]
         return task.grade(run.tokenizer.decode(completion.tokens), final[0], final[2:4])[0]
-    return completion.tokens == expected
+    return completion.finished and _open(completion.tokens, ends) == _open(expected, ends)
 
 
-def requests(rows: Sequence[Row]) -> list[Request]:
-    """Greedy requests with room for a response a quarter longer than the longest one that is expected."""
+def _open(tokens: list[int], ends: Collection[int]) -> list[int]:
+    """A response without its end token."""
+    return tokens[:-1] if tokens[-1] in ends else tokens
+
+
+def requests(rows: Sequence[Row], longest: int | None = None) -> list[Request]:
+    """Greedy requests with room for a response a quarter longer than the longest one that is expected.
+
+    Args:
+        rows: whose prompts are answered.
+        longest: most tokens of a sequence, if there is a limit.
+    """
     limit = max(row.response_length for row in rows) * 5 // 4 + 1
-    return [Request(tuple(row.input_ids[: row.prompt_length]), limit, (row.index, 0)) for row in rows]
+
+    def room(row: Row) -> int:
+        return limit if longest is None else min(limit, longest - row.prompt_length)
+
+    return [Request(tuple(row.input_ids[: row.prompt_length]), room(row), (row.index, 0)) for row in rows]
 
 
 @torch.no_grad()
@@ -48,13 +64,15 @@ def generated(run: Run) -> dict[str, float]:
     run.model.eval()
     found = []
     if mine:
-        ends = {run.tokenizer.eos_token_id, *(row.input_ids[-1] for row in rows)}
+        ends = end_tokens(run.tokenizer, run.adapted.generation_config)
+        asked = requests(rows, positions(run.adapted.config))[accelerator.process_index :: accelerator.num_processes]
         with accelerator.autocast():  # as the training pass computes
             answers = generate(
-                run.adapted, config, requests(rows)[accelerator.process_index :: accelerator.num_processes],
-                slots=settings.training.batch_per_device, end_tokens=ends, tokenizer=run.tokenizer,
+                run.adapted, config, asked, slots=settings.training.batch_per_device, end_tokens=ends,
+                tokenizer=run.tokenizer,
             )  # fmt: skip
-        found = [(right(run, row, one), one.finished, one.evictions) for row, one in zip(mine, answers, strict=True)]
+        pairs = zip(mine, answers, strict=True)
+        found = [(right(run, row, one, ends), one.finished, one.evictions) for row, one in pairs]
     run.model.train()
     everyone = gather_object(found)
     exact, finished, evictions = (sum(column) / len(everyone) for column in zip(*everyone, strict=True))

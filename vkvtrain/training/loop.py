@@ -19,11 +19,13 @@ from accelerate.utils import gather_object, set_seed
 from transformers import get_scheduler
 
 from vkvtrain.config import EvictionConfig
+from vkvtrain.ends import stop_at
 from vkvtrain.locking import locked
 from vkvtrain.training.checkpoints import Checkpoint
-from vkvtrain.training.data import Batch, TrainingData, in_batches, load_data, step_batches, step_rows
+from vkvtrain.training.data import Batch, TrainingData, in_batches, step_batches, step_rows
 from vkvtrain.training.ending import finish, report, rescue
 from vkvtrain.training.engines import accumulating, make_accelerator, restore_weights
+from vkvtrain.training.fit import fitting_data
 from vkvtrain.training.generated import check_generated, generated
 from vkvtrain.training.held_out import held_out_losses, losses
 from vkvtrain.training.interrupts import Interrupted, StepAbandoned, interruptible
@@ -83,7 +85,7 @@ def train(recipe: Recipe, dry_run: bool = False, overwrite: bool = False) -> Non
     set_seed(recipe.seed)
     tokenizer = load_tokenizer(recipe)
     recipe = with_date(recipe, tokenizer, overwrite)
-    data = load_data(recipe.data, tokenizer, progress=accelerator.is_main_process)
+    data = fitting_data(recipe, tokenizer, progress=accelerator.is_main_process)
     check_loss_masks(data)
     if dry_run:
         model = load_with_plan(recipe, accelerator, data, tokenizer)
@@ -108,6 +110,7 @@ def train(recipe: Recipe, dry_run: bool = False, overwrite: bool = False) -> Non
 def load_with_plan(recipe: Recipe, accelerator: Accelerator, data: TrainingData, tokenizer: Any) -> Any:
     """The adapted model; says what will be done with it."""
     model = load_model(recipe)
+    stop_at(model.generation_config, data.ends)
     if accelerator.is_main_process:
         print(plan(recipe, data, tokenizer, model, accelerator.num_processes, asked_processes()), flush=True)
     return model

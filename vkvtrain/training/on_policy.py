@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from vkvtrain.config import EvictionConfig
+from vkvtrain.ends import end_tokens
 from vkvtrain.generation import Request, Sampling, generate
 from vkvtrain.training.data import Row
 from vkvtrain.training.engines import shards_weights
@@ -51,7 +52,7 @@ def roll_out(
 
     Args:
         model: the adapted model; it generates in evaluation mode and is left in the mode that it was in.
-        tokenizer: its end token ends a response, as it does in training rows.
+        tokenizer: its end tokens, its template's and the model's end a response, as they do in training rows.
         config: the eviction setting; None generates with the full cache.
         rows: (row, epoch); together they name the randomness, of sampling and of eviction.
         recipe: `training.rollout_tokens`, `training.rollout_temperature`, `training.batch_per_device`, `seed`.
@@ -65,8 +66,9 @@ def roll_out(
     ]
     model.eval()
     completions = generate(
-        model, config or FULL, requests, slots=training.batch_per_device, end_tokens=[tokenizer.eos_token_id]
-    )
+        model, config or FULL, requests, slots=training.batch_per_device,
+        end_tokens=end_tokens(tokenizer, model.generation_config),
+    )  # fmt: skip
     model.train(was_training)
     return [
         Rollout(

@@ -43,6 +43,6 @@ class Run:
 
     @property
     def pad(self) -> int:
-        """Token that fills a batch up; it is masked."""
-        pad = self.tokenizer.pad_token_id
-        return self.tokenizer.eos_token_id if pad is None else pad
+        """Token that fills a batch up; it is masked, so that any will do."""
+        own = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id)
+        return next((token for token in own if token is not None), 0)

@@ -17,6 +17,7 @@ from vkvtrain.training.checkpoints import sync
 from vkvtrain.training.settings import Recipe
 
 FINISHED = "adapter_model.safetensors"
+GENERATION = "generation_config.json"
 METRICS = "metrics.jsonl"
 RECIPE = "recipe.yaml"
 
@@ -74,7 +75,9 @@ def start_run(recipe: Recipe, identity: Mapping[str, str]) -> None:
 
 
 def finish_run(recipe: Recipe, model: Any, weights: dict[str, Tensor], tokenizer: Any) -> None:
-    """Write the adapter, its tokenizer and the eviction setting that it was trained for; the weights come last.
+    """Write the adapter, its tokenizer, where it stops and the eviction setting that it was trained for.
+
+    The weights come last.
 
     Args:
         recipe: of the run.
@@ -91,6 +94,7 @@ def finish_run(recipe: Recipe, model: Any, weights: dict[str, Tensor], tokenizer
         shutil.rmtree(beside, ignore_errors=True)
         recipe.trained_for().save_pretrained(recipe.output)
         tokenizer.save_pretrained(recipe.output)
+        model.generation_config.to_json_file(recipe.output / GENERATION)  # unchecked: base models hold odd ones
         model.save_pretrained(beside, safe_serialization=True, state_dict=weights, save_embedding_layers=False)
         for path in sorted(beside.iterdir(), key=lambda path: path.name == FINISHED):
             sync(path)

@@ -12,6 +12,7 @@ from typing import Any, Literal, Self
 import yaml
 from pydantic import Field, model_validator
 
+from vkvtrain.chat_templates import check_text_booleans
 from vkvtrain.config import EvictionConfig, Settings
 from vkvtrain.training.budgets import BudgetSchedule, budget_schedule
 
@@ -79,6 +80,7 @@ class DataSettings(Settings):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        check_text_booleans(self.template_kwargs, "template_kwargs")
         if self.packing_length is not None and not self.packing:
             raise ValueError(f"packing_length ({self.packing_length}) is set without packing: set packing to true")
         return self

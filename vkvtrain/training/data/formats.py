@@ -13,6 +13,7 @@ Knows nothing of tokenizers: what a chat template makes of an example is not dec
 import random
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, get_args
 
 from vkvtrain.config import nearest
@@ -27,6 +28,8 @@ COLUMNS: dict[str, tuple[str, ...]] = {
 }
 """What each format is told by, the most particular first: OpenR1-Math has `messages` as well."""
 ROLES = {"human": "user", "gpt": "assistant"} | {r: r for r in ("system", "developer", "user", "assistant", "tool")}
+_SYSTEM = ("system", "developer")
+_TOOLS, _CALLS = ("tools", "functions"), ("tool_calls", "function_call")
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 _BEGIN_OF_THOUGHT = re.compile(
     r"\s*<\|begin_of_thought\|>(.*)<\|end_of_thought\|>\s*<\|begin_of_solution\|>(.*)<\|end_of_solution\|>\s*",
@@ -63,13 +66,15 @@ def examples_of(record: Record, form: str, settings: DataSettings) -> Iterator[E
         ValueError: a malformed record, with its row number.
     """
     assert form in get_args(DataFormat)
+    _check_tools(record)
     if form == "problem_generations":
         parts = (_text(record, "problem"), settings.instruction)
         problem = "\n\n".join(part for part in parts if part)
         for generation in _chosen(record, settings):
             if not isinstance(generation, str) or not generation:
                 raise ValueError(f"{record.where}: 'generations' holds something that is empty or no text")
-            yield Example(_with_system(({"role": "user", "content": problem},), settings), generation, record.where)
+            asked = _with_system(record, ({"role": "user", "content": problem},), settings)
+            yield Example(asked, generation, record.where)
     elif form == "prompt_completion":
         yield _prompt_completion(record, settings)
     else:
@@ -135,18 +140,23 @@ def _prompt_completion(record: Record, settings: DataSettings) -> Example:
         (message,) = _messages(record, completion, "completion")
         if message["role"] != "assistant":
             raise ValueError(f"{record.where}: 'completion' must be an assistant's message, got {message['role']!r}")
-        completion, reasoning = message["content"], _reasoning(message)
+        completion, reasoning = _said(record, message), _reasoning(message)
     else:
         completion = _text(record, "completion")
     if not completion:
         raise ValueError(f"{record.where}: 'completion' is empty, so there is nothing to train on")
     if isinstance(prompt, str):
+        if settings.system is None and _system_column(record) is not None:
+            raise ValueError(
+                f"{record.where}: the prompt is text, so the 'system' column would be dropped: write it into the "
+                "prompt, or set data.system to '' to leave it out"
+            )
         if reasoning is not None:
             raise ValueError(
                 f"{record.where}: a prompt that is text leaves no template to write the reasoning: write it out"
             )
         return Example(prompt, completion, record.where)
-    messages = _with_system(_messages(record, prompt, "prompt"), settings)
+    messages = _with_system(record, _messages(record, prompt, "prompt"), settings)
     return Example(messages, completion, record.where, reasoning)
 
 
@@ -166,10 +176,9 @@ def _conversation(record: Record, form: str, settings: DataSettings) -> Iterator
         if found and message["role"] == "assistant":
             message["content"] = f"<think>\n{found[1].strip()}\n</think>\n\n{found[2].strip()}"
             marked = True
-    system = record.values.get("system")
-    if isinstance(system, str) and system and not marked:  # OpenThoughts' own asks for the marks that were replaced
-        messages = ({"role": "system", "content": system}, *messages)
-    messages = _with_system(messages, settings)
+    if marked:  # OpenThoughts' own system column asks for the marks that were replaced
+        record = replace(record, values={**record.values, "system": None})
+    messages = _with_system(record, messages, settings)
     if messages[-1]["role"] != "assistant":
         raise ValueError(f"{record.where}: the last turn must be the assistant's, got {messages[-1]['role']!r}")
     places = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
@@ -179,7 +188,7 @@ def _conversation(record: Record, form: str, settings: DataSettings) -> Iterator
             raise ValueError(f"{record.where}: the assistant's turn is empty, so there is nothing to train on")
         if not place:
             raise ValueError(f"{record.where}: the assistant speaks first, so there is no prompt")
-        yield Example(messages[:place], message["content"], record.where, _reasoning(message))
+        yield Example(messages[:place], _said(record, message), record.where, _reasoning(message))
 
 
 def _messages(record: Record, turns: list[Any], column: str) -> tuple[Message, ...]:
@@ -207,9 +216,52 @@ def _reasoning(message: Message) -> str | None:
     return next((message[key] for key in _REASONING if message.get(key)), None)
 
 
-def _with_system(messages: tuple[Message, ...], settings: DataSettings) -> tuple[Message, ...]:
-    """With `data.system` for the system prompt: None leaves the data's own, an empty text removes it."""
+def _check_tools(record: Record) -> None:
+    """Raise ValueError for a column of tools, which no prompt would show."""
+    for column in _TOOLS:
+        value = record.values.get(column)
+        if value and value not in ("[]", "{}", "null"):
+            raise ValueError(
+                f"{record.where}: the {column!r} column would be dropped, and calls of tools trained that no prompt "
+                "offers: write them into a system message and remove the column, or leave such rows out"
+            )
+
+
+def _said(record: Record, message: Message) -> str:
+    """What the assistant says in a turn that is trained on; raises ValueError where that is not all that it does."""
+    call = next((key for key in _CALLS if message.get(key)), None)
+    if call is not None:
+        raise ValueError(
+            f"{record.where}: the trained turn has {call!r}, which would be dropped: write the call into its content, "
+            "or leave such rows out"
+        )
+    return message["content"]
+
+
+def _system_column(record: Record) -> str | None:
+    """The text of a `system` column, None without one."""
+    value = record.values.get("system")
+    if value is not None and not isinstance(value, str):
+        raise ValueError(f"{record.where}: 'system' must be text, got {type(value).__name__}")
+    return value or None
+
+
+def _with_system(record: Record, messages: tuple[Message, ...], settings: DataSettings) -> tuple[Message, ...]:
+    """The messages with their system prompt: `data.system`, or where that is None the data's own, of either place.
+
+    Raises:
+        ValueError: a `system` column and a system message that say different things.
+    """
+    rest = tuple(message for message in messages if message["role"] not in _SYSTEM)
     if settings.system is None:
-        return messages
-    rest = tuple(message for message in messages if message["role"] not in ("system", "developer"))
+        column = _system_column(record)
+        own = [message["content"] for message in messages if message["role"] in _SYSTEM]
+        if column is None or own == [column]:
+            return messages
+        if own:
+            raise ValueError(
+                f"{record.where} has both a 'system' column and a system message: set data.system to the one that "
+                "holds, or remove the column"
+            )
+        return ({"role": "system", "content": column}, *messages)
     return ({"role": "system", "content": settings.system}, *rest) if settings.system else rest

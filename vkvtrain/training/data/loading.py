@@ -1,6 +1,7 @@
 """The tokenised rows of a recipe: read, understood, templated, and left out where they are too long."""
 
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,7 @@ from tqdm import tqdm
 from vkvtrain.clock import fixed_date
 from vkvtrain.training.data.formats import detect, examples_of
 from vkvtrain.training.data.rows import Example, Record, Row, TrainingData
-from vkvtrain.training.data.sources import read_records
+from vkvtrain.training.data.sources import is_file, read_records
 from vkvtrain.training.data.templates import tokenise
 from vkvtrain.training.settings import DataSettings
 
@@ -22,25 +23,31 @@ class Reading:
     settings: DataSettings
     progress: str | None = None
     unusable: int = 0
+    conversations: int = 0
+    """Examples with messages for a prompt."""
+    form: str | None = None
+    """The format; None before the first record."""
 
     def __iter__(self) -> Iterator[Example]:
-        form = None if self.settings.format == "auto" else self.settings.format
+        self.form = None if self.settings.format == "auto" else self.settings.format
         for record in tqdm(self.records, desc=self.progress, disable=self.progress is None, mininterval=2, leave=False):
-            form = form or detect(record)
+            self.form = self.form or detect(record)
             found = False
-            for example in examples_of(record, form, self.settings):
+            for example in examples_of(record, self.form, self.settings):
                 found = True
+                self.conversations += not isinstance(example.prompt, str)
                 yield example
             self.unusable += not found
 
 
-def load_data(settings: DataSettings, tokenizer: Any, progress: bool = False) -> TrainingData:
+def load_data(settings: DataSettings, tokenizer: Any, progress: bool = False, ends: Sequence[int] = ()) -> TrainingData:
     """The tokenised rows of a recipe.
 
     Args:
         settings: what to read.
         tokenizer: the model's.
         progress: whether to show a bar.
+        ends: tokens at which the model's generation configuration ends a response.
 
     Raises:
         ValueError: a source that is missing or malformed, or of which nothing is left to train on.
@@ -48,13 +55,14 @@ def load_data(settings: DataSettings, tokenizer: Any, progress: bool = False) ->
     parts: list[list[Row]] = []
     all_lengths: list[int] = []
     too_long: list[tuple[int, int]] = []
-    unusable = 0
+    unusable = conversations = 0
+    form = None
     limit = settings.max_length
     for name, records in zip(("training rows", "held-out rows"), read_records(settings), strict=True):
         reading = Reading(records, settings, name if progress else None)
         kept = []
         with fixed_date(tokenizer, settings.date):
-            for row in tokenise(reading, tokenizer, settings):
+            for row in tokenise(reading, tokenizer, settings, ends):
                 all_lengths.append(row.length)
                 if limit is None or row.length <= limit:
                     kept.append(row)
@@ -71,8 +79,47 @@ def load_data(settings: DataSettings, tokenizer: Any, progress: bool = False) ->
             )
         parts.append(kept)
         unusable += reading.unusable
+        conversations += reading.conversations
+        form = form or reading.form
+    for line in without_effect(settings, form, conversations):
+        warnings.warn(line, stacklevel=2)
     check_packing(settings, parts[0])
-    return TrainingData(parts[0], parts[1], too_long, unusable)
+    taught = {row.input_ids[-1] for part in parts for row in part}
+    return TrainingData(parts[0], parts[1], too_long, unusable, frozenset({*ends, *taught}))
+
+
+def without_effect(settings: DataSettings, form: str | None, conversations: int) -> Iterator[str]:
+    """A sentence for each setting that changes nothing in these data.
+
+    Args:
+        settings: of the data.
+        form: their format.
+        conversations: how many examples have messages for a prompt.
+    """
+    problems = form == "problem_generations"
+    if settings.instruction and not problems:
+        yield (
+            f"data.instruction has no effect: it is said after the problem of 'problem_generations', and {form!r} rows "
+            "have none: write it into the prompts, or set data.instruction to ''"
+        )
+    if settings.choose != "first_correct" and not problems:
+        yield f"data.choose ({settings.choose}) has no effect: {form!r} rows have one response each: leave it out"
+    if settings.seed and settings.choose != "random_correct":
+        yield f"data.seed ({settings.seed}) has no effect unless data.choose is random_correct: leave it out"
+    if settings.turns == "each" and form not in ("messages", "conversations"):
+        yield f"data.turns (each) has no effect: {form!r} rows have one response each: leave it out"
+    if is_file(settings.source):
+        for name in ("config", "revision"):
+            if getattr(settings, name) is not None:
+                yield f"data.{name} ({getattr(settings, name)}) has no effect: data.source is a file: set it to null"
+        if settings.split != "train":
+            yield f"data.split ({settings.split}) has no effect: data.source is a file: leave it out"
+    if not conversations:
+        for name, plain in (("system", None), ("template_kwargs", {})):
+            if getattr(settings, name) != plain:
+                yield f"data.{name} has no effect: every prompt is text, and no chat template is used: leave it out"
+        if settings.response == "rendered":
+            yield "data.response (rendered) has no effect: every prompt is text, and no chat template is used"
 
 
 def check_packing(settings: DataSettings, rows: list[Row]) -> None:

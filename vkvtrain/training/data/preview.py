@@ -11,9 +11,9 @@ from rich.text import Text
 from vkvtrain.config import EvictionConfig
 from vkvtrain.events import evictions_by
 from vkvtrain.training.data.batching import packing_length
-from vkvtrain.training.data.loading import load_data
 from vkvtrain.training.data.order import pack, step_samples
 from vkvtrain.training.data.rows import Row, TrainingData
+from vkvtrain.training.fit import fitting_data
 from vkvtrain.training.models import load_tokenizer
 from vkvtrain.training.overrides import load_recipe, parse_command
 from vkvtrain.training.settings import Recipe
@@ -57,7 +57,7 @@ def main(arguments: Sequence[str]) -> None:
     assert command.recipe is not None
     recipe = load_recipe(command.recipe, command.overrides)
     tokenizer = load_tokenizer(recipe)
-    preview(recipe, load_data(recipe.data, tokenizer, progress=True), tokenizer, Console(), shown)
+    preview(recipe, fitting_data(recipe, tokenizer, progress=True), tokenizer, Console(), shown)
 
 
 def preview(recipe: Recipe, data: TrainingData, tokenizer: Any, console: Console, shown: int = 3) -> None:

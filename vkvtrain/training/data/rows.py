@@ -72,6 +72,8 @@ class TrainingData:
     """(index, tokens) of the rows above `data.max_length`, which are left out."""
     unusable: int = 0
     """Rows of the source without a correct generation."""
+    ends: frozenset[int] = frozenset()
+    """Tokens that end responses: those with which rows end, and those that the model had before."""
 
     @property
     def left_out(self) -> int:

@@ -36,7 +36,7 @@ def read_records(settings: DataSettings) -> tuple[Iterator[Record], Iterator[Rec
     if source.startswith("tiny:"):
         raise ValueError(f"data.source: there is no {source!r}{nearest(source, list(GENERATED))}")
     path = Path(source)
-    if path.suffix in FILES or path.is_file():
+    if is_file(source):
         return _parts(settings, *(_parquet(path) if path.suffix == ".parquet" else _jsonl(path)))
     if path.is_dir() or _HUB_NAME.fullmatch(source):
         return _parts(settings, *_data_set(settings))
@@ -44,6 +44,11 @@ def read_records(settings: DataSettings) -> tuple[Iterator[Record], Iterator[Rec
         f"data.source: {source!r} is no file ({', '.join(FILES)}), no data set on the Hub (org/name), no directory and "
         f"not generated ({', '.join(GENERATED)})"
     )
+
+
+def is_file(source: str) -> bool:
+    """Whether a source is a JSONL or Parquet file."""
+    return Path(source).suffix in FILES or Path(source).is_file()
 
 
 def generate(split: task.Split, count: int) -> Iterator[Record]:
@@ -117,7 +122,7 @@ def _data_set(settings: DataSettings) -> tuple[int, Iterable[Record]]:
         found: Any = datasets.load_dataset(
             settings.source, settings.config, split=settings.split, revision=settings.revision
         )
-    except (OSError, ValueError, DatasetsError) as error:
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:  # RuntimeError: a data set that is a script
         raise ValueError(
             f"data.source {settings.source!r} (config {settings.config}, split {settings.split!r}) cannot be loaded: "
             f"{' '.join(str(error).split())}"

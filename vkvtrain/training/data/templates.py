@@ -10,31 +10,41 @@ difference is an error that shows both, unless `data.response` says which of the
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+from jinja2 import TemplateError
+
+from vkvtrain.chat_templates import check_arguments
 from vkvtrain.clock import warn_of_clock
+from vkvtrain.ends import encode, opened_by_prompt, opened_by_response, thought_end, turn_end
 from vkvtrain.training.data.rows import Example, Message, Row
 from vkvtrain.training.settings import DataSettings
 
 _MARK, _THOUGHT = "vkvtrain-content", "vkvtrain-thought"
 """Texts that no template changes: they show where it puts content and reasoning."""
-_OPENING = re.compile(r"[<\[]([^<>\[\]/]+)[>\]]\s*$")
-"""A tag at the end of a generation prompt: the thoughts are open."""
 _CHUNK = 256
 """Examples that are tokenised at once."""
 
 
-def tokenise(examples: Iterable[Example], tokenizer: Any, settings: DataSettings) -> Iterator[Row]:
+def tokenise(
+    examples: Iterable[Example], tokenizer: Any, settings: DataSettings, ends: Sequence[int] = ()
+) -> Iterator[Row]:
     """The rows of the examples, in order.
+
+    Args:
+        examples: prompts and responses.
+        tokenizer: the model's.
+        settings: `response` and `template_kwargs`.
+        ends: tokens at which the model's generation configuration ends a response, beside the tokenizer's.
 
     Raises:
         ValueError: a tokenizer that cannot end a response, a prompt of no tokens, or a response that the model would
-            not write as it is trained.
+            not write as it is trained: another text, thoughts without an end, or more than it would be asked for.
     """
-    if tokenizer.eos_token_id is None:
-        raise ValueError("the tokenizer has no eos_token, so a response could never end: set one")
     template: ChatTemplate | None = None
+    known = [end for end in (tokenizer.eos_token_id, *ends) if end is not None]
     index = 0
     for chunk in _chunks(examples):
         prompts: list[str] = []
@@ -43,18 +53,21 @@ def tokenise(examples: Iterable[Example], tokenizer: Any, settings: DataSettings
             if isinstance(example.prompt, str):
                 prompt, response = example.prompt, example.completion
             else:
-                template = template or ChatTemplate(tokenizer, settings, example)
+                template = template or ChatTemplate(tokenizer, settings, example, known)
                 prompt, response = template.render(example)
+            _check_characters(example, prompt + response)
+            _check_thoughts(example, prompt, response, template.closings if template else ())
             prompts.append(prompt)
             responses.append(response)
         plain = [isinstance(example.prompt, str) for example in chunk]
-        prompt_ids = _ids(tokenizer, prompts, plain)
-        response_ids = _ids(tokenizer, responses, [False] * len(chunk))
+        prompt_ids = _prompt_ids(tokenizer, prompts, plain)
+        response_ids = _ids(tokenizer, responses)
         for example, prompt, response in zip(chunk, prompt_ids, response_ids, strict=True):
             if isinstance(example.prompt, str):
-                prompt, response = _end(tokenizer, example, prompt, response)
+                response = _closed(example, response, known)
             if not prompt:
                 raise ValueError(f"{example.where}: the prompt has no tokens; write at least one")
+            _check_end(tokenizer, example, response, known)
             yield Row(index, [*prompt, *response], len(prompt))
             index += 1
 
@@ -70,25 +83,59 @@ def _chunks(examples: Iterable[Example]) -> Iterator[list[Example]]:
         yield chunk
 
 
-def _ids(tokenizer: Any, texts: list[str], special: list[bool]) -> list[list[int]]:
-    """Token ids of each text, with the tokenizer's own special tokens around it where `special` says so."""
-    found: list[list[int]] = [[] for _ in texts]
-    for with_special in (True, False):
-        places = [place for place, wanted in enumerate(special) if wanted == with_special]
-        if places:
-            ids = tokenizer([texts[place] for place in places], add_special_tokens=with_special, verbose=False)
-            for place, one in zip(places, ids["input_ids"], strict=True):
-                found[place] = one
-    return found
+def _ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    """Token ids of each text, which says all its special tokens itself."""
+    return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
 
 
-def _end(tokenizer: Any, example: Example, prompt: list[int], response: list[int]) -> tuple[list[int], list[int]]:
-    """A text's prompt left open, its response closed."""
-    end = tokenizer.eos_token_id
-    assert isinstance(example.prompt, str)
-    if prompt and prompt[-1] == end and not example.prompt.endswith(tokenizer.eos_token):
-        prompt = prompt[:-1]  # tokenizers that close every text would end the sequence before the response
-    return prompt, response if response[-1:] == [end] else [*response, end]
+def _prompt_ids(tokenizer: Any, prompts: list[str], plain: list[bool]) -> list[list[int]]:
+    """Token ids of each prompt, with the tokenizer's own special tokens where it is plain text."""
+    texts = iter(encode(tokenizer, [text for text, is_text in zip(prompts, plain, strict=True) if is_text]))
+    rendered = iter(_ids(tokenizer, [text for text, is_text in zip(prompts, plain, strict=True) if not is_text]))
+    return [next(texts if is_text else rendered) for is_text in plain]
+
+
+def _closed(example: Example, response: list[int], known: Sequence[int]) -> list[int]:
+    """A text's response with the token that ends it, unless the text writes one."""
+    if not known:
+        raise ValueError(
+            f"{example.where}: the tokenizer has no eos_token and the model's generation configuration names none, so "
+            "a response could never end: set one"
+        )
+    return response if response and response[-1] in known else [*response, known[0]]
+
+
+def _check_characters(example: Example, text: str) -> None:
+    """Raise ValueError for half a surrogate pair, as broken JSON escapes leave it: no tokenizer reads it."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{example.where} holds half a surrogate pair ({text[error.start]!r}), which is no character: repair the "
+            "text where it was written"
+        ) from None
+
+
+def _check_thoughts(example: Example, prompt: str, response: str, closings: Collection[str]) -> None:
+    """Raise ValueError for thoughts that the prompt or the response opens and nothing ends."""
+    own = opened_by_response(example.completion)
+    asked = opened_by_prompt(prompt, closings)
+    for who, tag, text in (("response", own, example.completion), ("generation prompt", asked, response)):
+        if tag is not None and thought_end(tag.strip()) not in text:
+            raise ValueError(
+                f"{example.where}: the {who} opens {tag.strip()}, but the response has no {thought_end(tag.strip())}, "
+                "so it would be trained as a thought without an end: leave such rows out, or set data.template_kwargs"
+            )
+
+
+def _check_end(tokenizer: Any, example: Example, response: list[int], known: Collection[int]) -> None:
+    """Raise ValueError for a response that goes on behind a token that ends generations."""
+    place = next((place for place, token in enumerate(response[:-1]) if token in known), None)
+    if place is not None:
+        raise ValueError(
+            f"{example.where}: the response goes on after {tokenizer.decode(response[place])!r} (its token "
+            f"{place + 1} of {len(response)}), where generation stops: take it out of the text"
+        )
 
 
 class ChatTemplate:
@@ -98,24 +145,40 @@ class ChatTemplate:
         tokenizer: with a chat template.
         settings: `response` and `template_kwargs`.
         example: a conversation, which shows how the template ends a turn.
+        known: tokens that end generations.
 
     Raises:
-        ValueError: a tokenizer without a template, or a template that does not write what the assistant says.
+        ValueError: a tokenizer without a template, a template that does not write what the assistant says, or
+            arguments that it does not read.
 
     Attributes:
-        end: text of the token that ends the model's turn.
+        end: text from behind an answer up to the token that ends a generation.
+        closings: end tags that the template or the vocabulary knows.
     """
 
-    def __init__(self, tokenizer: Any, settings: DataSettings, example: Example) -> None:
+    def __init__(self, tokenizer: Any, settings: DataSettings, example: Example, known: Collection[int]) -> None:
         if not tokenizer.chat_template:
             raise ValueError(
                 f"{example.where} is a conversation, but the tokenizer has no chat template: use a model that has "
                 "one, or write 'prompt' and 'completion' as text"
             )
+        check_arguments(tokenizer, settings.template_kwargs, "data.template_kwargs")
         self._tokenizer = tokenizer
         self._settings = settings
-        warn_of_clock(tokenizer, lambda: self._apply(example.prompt, add_generation_prompt=True), "data.date")
-        self.end, self._after = self._end_of_turn(example)
+        assert not isinstance(example.prompt, str)
+        with _of_row(example):
+            warn_of_clock(tokenizer, lambda: self._apply(example.prompt, True), "data.date")
+            end = turn_end(tokenizer, lambda messages: self._apply(messages, False), example.prompt, known)
+        if end is None:
+            raise ValueError(f"{example.where}: the chat template does not write what the assistant says")
+        if end.token is None:
+            raise ValueError(
+                f"{example.where}: neither the chat template nor the tokenizer has a token that ends a turn, so a "
+                "response could never end: set eos_token"
+            )
+        self.end = end.text
+        self.closings = self._closings()
+        self._end_pieces, self._after = end.pieces, end.after
         self._reads_reasoning = _THOUGHT in self._conversation(example, _MARK, _THOUGHT)
 
     def render(self, example: Example) -> tuple[str, str]:
@@ -124,14 +187,15 @@ class ChatTemplate:
         Raises:
             ValueError: the template writes the conversation differently from what would be trained on.
         """
-        prompt = self._apply(example.prompt, add_generation_prompt=True)
+        with _of_row(example):
+            prompt = self._apply(example.prompt, add_generation_prompt=True)
         if self._settings.response == "rendered" or example.reasoning is not None:
             return prompt, self._rendered(example, prompt)
-        end = "" if example.completion.endswith(self.end) else self.end
+        said = self._without_end(example.completion)
         if self._settings.response == "written":
-            return prompt, self._without_opening(example, prompt) + end
-        response = example.completion + end
-        full = self._finished(self._conversation(example, example.completion.removesuffix(self.end), None))
+            return prompt, self._without_opening(said, prompt) + self.end
+        response = said + self.end
+        full = self._finished(self._conversation(example, said, None))
         if full != prompt + response:
             advice = (
                 "look at both, then set data.response to 'written' if the model writes the first (a doubled tag is "
@@ -153,51 +217,42 @@ class ChatTemplate:
         message: Message = {"role": "assistant", "content": content}
         if reasoning is not None:  # templates read one name or the other
             message |= {"reasoning_content": reasoning, "thinking": reasoning}
-        return self._apply([*example.prompt, message], add_generation_prompt=False)
-
-    def _end_of_turn(self, example: Example) -> tuple[str, str]:
-        """The token that ends a turn, and what the template writes after it in a finished conversation."""
-        _, found, after = self._conversation(example, _MARK, None).rpartition(_MARK)
-        if not found:
-            raise ValueError(f"{example.where}: the chat template does not write what the assistant says")
-        first = self._tokenizer(after, add_special_tokens=False)["input_ids"][:1]
-        text = self._tokenizer.decode(first)
-        if first and first[0] in self._tokenizer.added_tokens_decoder and after.startswith(text):
-            return text, after[len(text) :]
-        return self._tokenizer.eos_token, after
+        with _of_row(example):
+            return self._apply([*example.prompt, message], add_generation_prompt=False)
 
     def _finished(self, text: str) -> str:
         """A conversation up to the token that ends its last turn, which is all that a model generates."""
         body = text.removesuffix(self._after)
         return body if body.endswith(self.end) else body + self.end
 
-    def _without_opening(self, example: Example, prompt: str) -> str:
+    def _without_end(self, completion: str) -> str:
+        """The completion without as much of the end of its turn as it writes out."""
+        for count in range(len(self._end_pieces), 0, -1):
+            written = "".join(self._end_pieces[:count])
+            if completion.endswith(written):
+                return completion.removesuffix(written)
+        return completion
+
+    def _without_opening(self, said: str, prompt: str) -> str:
         """The completion without the tag that the generation prompt has written already."""
-        opening = _OPENING.search(prompt)
-        if opening is None:
-            return example.completion
-        tag, rest = opening[0].strip(), example.completion.lstrip()
-        if rest.startswith(tag):
-            return rest[len(tag) :].lstrip("\n") if opening[0].endswith("\n") else rest[len(tag) :]
-        closing = tag[0] + "/" + tag[1:]
-        if closing not in rest and closing in self._closings():
-            raise ValueError(
-                f"{example.where}: the generation prompt opens {tag}, but the response has no {closing}, so it would "
-                "be trained as a thought without an end: leave such rows out, or set data.template_kwargs"
-            )
-        return example.completion
+        opening = opened_by_prompt(prompt, self.closings)
+        rest = said.lstrip()
+        if opening is None or not rest.startswith(opening.strip()):
+            return said
+        rest = rest.removeprefix(opening.strip())
+        return rest.lstrip("\n") if opening.endswith("\n") else rest
 
     def _closings(self) -> set[str]:
-        """Closing tags that a template or vocabulary knows."""
         template = self._tokenizer.chat_template
         text = template if isinstance(template, str) else "".join(template.values())
-        return set(re.findall(r"[<\[]/[^<>\[\]]+[>\]]", text)) | {"</think>", "[/THINK]"}
+        text += " ".join(map(str, self._tokenizer.added_tokens_decoder.values()))
+        return set(re.findall(r"[<\[]/[^<>\[\]]+[>\]]", text))
 
     def _rendered(self, example: Example, prompt: str) -> str:
         """The response as the template writes it behind the generation prompt."""
-        content, reasoning = example.completion, example.reasoning
+        content, reasoning = self._without_end(example.completion), example.reasoning
         if reasoning is None and self._reads_reasoning:
-            thought = re.fullmatch(r"\s*<think>(.*)</think>(.*)", content, re.DOTALL)
+            thought = re.fullmatch(r"\s*<think>(.*?)</think>(.*)", content, re.DOTALL)
             if thought:
                 reasoning, content = thought[1].strip(), thought[2].strip()
         full = self._finished(self._conversation(example, content, reasoning))
@@ -210,6 +265,17 @@ class ChatTemplate:
             written = f"<think>{reasoning}</think>{content}" if example.reasoning else example.completion
             raise ValueError(_difference(example, prompt + written + self.end, full, advice))
         return response
+
+
+@contextmanager
+def _of_row(example: Example) -> Iterator[None]:
+    """A template's own errors with the row that it fails on."""
+    try:
+        yield
+    except (TemplateError, TypeError) as error:
+        raise ValueError(
+            f"{example.where}: the chat template refuses this conversation: {' '.join(str(error).split())}"
+        ) from None
 
 
 def _difference(example: Example, trained: str, full: str, advice: str) -> str:

@@ -1,6 +1,7 @@
 """LoRA the way people use it: every kind trains, is saved, and reloads with plain peft to the same logits."""
 
 import importlib.util
+import shutil
 
 import pytest
 import torch
@@ -123,6 +124,7 @@ def test_what_cannot_be_continued_is_refused_before_any_model(tmp_path, adapter)
         check_model(continuing(tmp_path, tmp_path / "nowhere"))
     config = LoraConfig.from_pretrained(adapter)
     config.init_lora_weights = "pissa"
+    shutil.copytree(adapter, tmp_path / "pissa")
     config.save_pretrained(tmp_path / "pissa")
     check_model(continuing(tmp_path, tmp_path / "pissa"))
     distilled = recipe(tmp_path, {"r": 16, "alpha": 32, "continue_from": str(tmp_path / "pissa")}, "distill")

@@ -5,10 +5,10 @@ import re
 
 import pytest
 from recipe_files import EVICTED, values, write
-from transformers import MistralConfig, MistralForCausalLM
+from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
 
 from vkvtrain.tiny import MODEL_PATH
-from vkvtrain.training import models, overrides
+from vkvtrain.training import overrides
 
 
 @pytest.fixture
@@ -18,7 +18,7 @@ def refused(finetune, capsys, monkeypatch):
     def no_model(*_, **__):
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(models.AutoModelForCausalLM, "from_pretrained", no_model)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", no_model)
 
     def call(*arguments):
         status = finetune([str(argument) for argument in arguments])

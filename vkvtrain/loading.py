@@ -5,18 +5,19 @@ import os
 from typing import Any, NamedTuple
 
 import torch
+from huggingface_hub.errors import HFValidationError, StrictDataclassError
+from peft import PeftModel
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
+from vkvtrain.adapters import check_fits, read_adapter
 from vkvtrain.config import EvictionConfig
 from vkvtrain.ends import end_tokens, saved_ends, stop_at
 from vkvtrain.rope import fixed_rope
 from vkvtrain.support import ATTENTION, layer_kinds
 
 logger = logging.getLogger(__name__)
-
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
 class Loaded(NamedTuple):
@@ -53,11 +54,11 @@ def load(
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     try:
         eviction = EvictionConfig.from_pretrained(name, revision)
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision or "main")
         adapter = find_adapter_config_file(name, revision=revision)
-        model = (_adapted if adapter else _whole)(name, revision, dtype, place)
-    except OSError as error:
+    except (OSError, HFValidationError) as error:
         raise ValueError(f"{name!r} cannot be loaded: {' '.join(str(error).split())}") from None
+    tokenizer = load_tokenizer(name, "tokenizer", revision)
+    model = (_adapted if adapter else _whole)(name, revision, dtype, place)
     layer_kinds(model.config, eviction)
     stop_at(model.generation_config, saved_ends(name, revision))  # an adapter's are not its base model's
     stop_at(model.generation_config, end_tokens(tokenizer, model.generation_config))
@@ -65,11 +66,8 @@ def load(
 
 
 def _whole(name: str, revision: str | None, dtype: Any, place: torch.device) -> Any:
-    return AutoModelForCausalLM.from_pretrained(
-        name, config=load_config(name, revision), revision=revision or "main", dtype=dtype,
-        attn_implementation=ATTENTION, use_safetensors=True,
-        device_map={"": place},  # quantized weights cannot be moved afterwards
-    )  # fmt: skip
+    # quantized weights cannot be moved afterwards
+    return load_weights(name, "model", revision=revision, dtype=dtype, device_map={"": place})
 
 
 def load_config(name: str, revision: str | None = None, **arguments: Any) -> Any:
@@ -94,11 +92,68 @@ def load_config(name: str, revision: str | None = None, **arguments: Any) -> Any
 
 def _adapted(name: str, revision: str | None, dtype: Any, place: torch.device) -> Any:
     """The base model with the adapter; `from_pretrained` alone would look for the base under the adapter's revision."""
-    from peft import PeftConfig, PeftModel
-
-    cached_file(name, ADAPTER_WEIGHTS, revision=revision)  # peft would fall back to a pickle
-    settings = PeftConfig.from_pretrained(name, revision=revision)
-    base = settings.base_model_name_or_path
+    adapter = read_adapter(name, "adapter", revision)
+    base = adapter.config.base_model_name_or_path
     if not base:
         raise ValueError(f"{name!r}: adapter_config.json names no base model (base_model_name_or_path)")
-    return PeftModel.from_pretrained(_whole(base, settings.revision, dtype, place), name, revision=revision)
+    check_fits(adapter, read_config(base, "base model", adapter.config.revision), "adapter")
+    return PeftModel.from_pretrained(_whole(base, adapter.config.revision, dtype, place), name, revision=revision)
+
+
+def read_config(name: str, where: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """The transformers configuration of a model; raises ValueError, one sentence, where there is none.
+
+    Args:
+        name: directory or Hub name.
+        where: the setting that names it, for the error.
+        revision: branch, tag or commit on the Hub.
+        trust_remote_code: whether the model's own code may run.
+    """
+    try:
+        return AutoConfig.from_pretrained(name, revision=revision or "main", trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, StrictDataclassError) as error:
+        raise ValueError(f"{where} {name!r} cannot be loaded: {' '.join(str(error).split())}") from None
+
+
+def load_tokenizer(name: str, where: str, revision: str | None = None) -> Any:
+    """The tokenizer of a model; raises ValueError, one sentence, where there is none or its files are damaged.
+
+    Args:
+        name: directory or Hub name.
+        where: the setting that names it, for the error.
+        revision: branch, tag or commit on the Hub.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(name, revision=revision or "main")
+    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
+        said = " ".join(str(error).split())
+        raise ValueError(f"{where} {name!r} cannot be loaded: no tokenizer that can be read ({said})") from None
+
+
+def load_weights(name: str, where: str, *, revision: str | None = None, **arguments: Any) -> Any:
+    """A causal language model whose weights are all there, with the attention of this package.
+
+    Args:
+        name: directory or Hub name.
+        where: the setting that names it, for errors.
+        revision: branch, tag or commit on the Hub.
+        arguments: of `from_pretrained`.
+
+    Raises:
+        ValueError: no such model, damaged or pickled files, or a tensor that is missing or of another shape, which
+            transformers would fill with random numbers.
+    """
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            name, config=load_config(name, revision), revision=revision or "main", attn_implementation=ATTENTION, use_safetensors=True,
+            output_loading_info=True, ignore_mismatched_sizes=True, **arguments,
+        )  # fmt: skip
+    except (OSError, ValueError, SafetensorError, StrictDataclassError) as error:
+        raise ValueError(f"{where} {name!r} cannot be loaded: {' '.join(str(error).split())}") from None
+    wrong = sorted(info["missing_keys"]) + sorted(str(key[0]) for key in info["mismatched_keys"])
+    if wrong:
+        raise ValueError(
+            f"{where} {name!r} cannot be loaded: {len(wrong)} of its weights are missing or do not fit its config.json "
+            f"({wrong[0]}, ...): copy or download it again"
+        )
+    return model

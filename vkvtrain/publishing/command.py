@@ -89,8 +89,8 @@ def run(arguments: Arguments) -> None:
     directory = arguments.to or arguments.run / "published"
     overwrite = arguments.overwrite or arguments.to is None
     name = arguments.push or directory.resolve().name
-    export(finished, evaluation, directory, name, merge=arguments.merge, overwrite=overwrite)
-    print(f"written: {directory}")
+    compared = export(finished, evaluation, directory, name, merge=arguments.merge, overwrite=overwrite)
+    print(f"written: {directory} ({compared})")
     if arguments.push is not None:
         url = push(directory, arguments.push, public=arguments.public)
         print(f"pushed: {url}" + ("" if arguments.public else " (as private as it was; a new repository is private)"))

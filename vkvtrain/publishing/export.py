@@ -8,14 +8,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftConfig, PeftModel
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from transformers import AutoTokenizer, GenerationConfig
 
+from vkvtrain.adapters import ADAPTER_WEIGHTS, check_fits, read_adapter
 from vkvtrain.config import CONFIG_NAME
 from vkvtrain.ends import saved_ends, stop_at
-from vkvtrain.loading import ADAPTER_WEIGHTS
+from vkvtrain.loading import load_weights, read_config
 from vkvtrain.publishing.card import model_card
 from vkvtrain.publishing.measured import Evaluation
+from vkvtrain.publishing.probe import check_written, logits, probe
 from vkvtrain.publishing.run import Run
 from vkvtrain.training.run_directory import GENERATION
 
@@ -26,8 +31,8 @@ _SETTING = re.compile(r"^EVICTION: dict\[str, Any\] = .*$", re.MULTILINE)
 
 def export(
     run: Run, evaluation: Evaluation | None, directory: Path, name: str, *, merge: bool, overwrite: bool
-) -> None:
-    """Write what is published; the directory appears when it is complete.
+) -> str:
+    """Write what is published; the directory appears when it is complete and was compared with what was trained.
 
     Args:
         run: what is published.
@@ -37,19 +42,23 @@ def export(
         merge: write whole weights, the adapter merged into them, instead of the adapter.
         overwrite: replace an earlier publication there.
 
+    Returns:
+        How far the written model is from the trained one, in words.
+
     Raises:
-        ValueError: a directory that is taken, a base model that cannot be merged into, or a file that would tell a path
-            of this machine.
+        ValueError: a directory that is taken or cannot be written, an adapter that does not fit its base model, a base
+            model that cannot be merged into, a written model that is not the trained one, or a file that would tell a
+            path of this machine.
     """
     check_directory(directory, overwrite)
+    base = read_config(run.base.source, "base model", run.base.revision)
     if merge:
-        check_mergeable(run)
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}-") as scratch:
+        check_mergeable(run, base)
+    check_fits(read_adapter(run.directory, "adapter"), base, "adapter")
+    with _beside(directory) as scratch:
         new = Path(scratch) / "new"
         new.mkdir()
-        write = _write_merged if merge else _write_adapter
-        write(run, new)
+        compared = _write_model(run, new, merge)
         run.eviction.save_pretrained(new)
         AutoTokenizer.from_pretrained(run.directory).save_pretrained(new)
         _write_code(run, new / _CODE.name)
@@ -58,19 +67,33 @@ def export(
         if directory.exists():
             directory.rename(Path(scratch) / "old")
         new.rename(directory)
+    return compared
+
+
+def _beside(directory: Path) -> tempfile.TemporaryDirectory[str]:
+    """A scratch directory on the same disk; raises ValueError where none can be made."""
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        return tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}-")
+    except OSError as error:
+        raise ValueError(
+            f"--to {str(directory)!r} cannot be written ({error.strerror}): choose another directory"
+        ) from None
 
 
 def check_directory(directory: Path, overwrite: bool) -> None:
     """Raise ValueError where something is that must not be replaced."""
     if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
         return
+    if not directory.is_dir():
+        raise ValueError(f"--to {str(directory)!r} is a file: choose another directory")
     if not (directory / CONFIG_NAME).is_file() or not (directory / _CODE.name).is_dir():
         raise ValueError(f"--to {str(directory)!r} holds something else: choose another directory")
     if not overwrite:
         raise ValueError(f"--to {str(directory)!r} holds a publication: choose another directory, or pass --overwrite")
 
 
-def check_mergeable(run: Run) -> None:
+def check_mergeable(run: Run, config: Any) -> None:
     """Raise ValueError for a base model whose weights cannot take an adapter without loss."""
     base, source = run.base, Path(run.base.source)
     if source.is_dir() and any(source.glob("*.gguf")) and not any(source.glob("*.safetensors")):
@@ -78,15 +101,64 @@ def check_mergeable(run: Run) -> None:
             f"--merge needs a base model in safetensors, and {base.source!r} holds GGUF: convert it first, or publish "
             "the adapter alone"
         )
-    try:
-        config = AutoConfig.from_pretrained(base.source, revision=base.revision or "main")
-    except OSError as error:
-        raise ValueError(f"base model {base.source!r} cannot be loaded: {' '.join(str(error).split())}") from None
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(
             f"--merge needs a base model that is not quantized, and {base.name or base.source!r} is: publish the "
             "adapter alone, or train on the unquantized model"
         )
+
+
+def _write_model(run: Run, directory: Path, merge: bool) -> str:
+    """Write the adapter or merged weights, load them again, and compare them with what was trained, in words."""
+    adapted = _adapted(run, run.directory)
+    trained = probe(adapted)
+    if merge:
+        whole = merged(adapted)
+        stop_at(whole.generation_config, saved_ends(str(run.directory)))
+        plain = read_config(run.base.source, "base model", run.base.revision)  # its RoPE as others know it
+        plain.tie_word_embeddings = whole.config.tie_word_embeddings
+        whole.config = plain
+        whole.save_pretrained(directory)
+    else:
+        _write_adapter(run, directory)
+    del adapted  # two models need not fit at once
+    return check_written(trained, _written_logits(run, directory, merge))
+
+
+def _written_logits(run: Run, directory: Path, merge: bool) -> Tensor:
+    if merge:
+        return logits(load_weights(str(directory), "--merge", dtype="auto", device_map=_device_map()).eval())
+    return logits(_adapted(run, directory))
+
+
+def _adapted(run: Run, adapter: Path) -> Any:
+    """The base model as it was trained on, with an adapter, in evaluation mode."""
+    dtype = run.recipe["model"].get("dtype", "auto")
+    model = load_weights(
+        run.base.source, "base model", revision=run.base.revision, dtype=dtype, device_map=_device_map()
+    )
+    return PeftModel.from_pretrained(model, adapter).eval()
+
+
+def _device_map() -> dict[str, Any]:
+    return {"": torch.device("cuda" if torch.cuda.is_available() else "cpu")}
+
+
+def merged(adapted: Any) -> Any:
+    """The base model with the adapter in its weights.
+
+    Where the adapter changes one of two tied layers, the output layer gets weights of its own before: merged into a
+    shared tensor, a change of one would change the other too.
+    """
+    base = adapted.get_base_model()
+    ends = base.get_input_embeddings(), base.get_output_embeddings()
+    first, last = (one.get_base_layer() if isinstance(one, BaseTunerLayer) else one for one in ends)
+    if last.weight is first.weight and any(isinstance(one, BaseTunerLayer) for one in ends):
+        last.weight = nn.Parameter(last.weight.detach().clone(), requires_grad=False)
+    whole = adapted.merge_and_unload(safe_merge=True)
+    if whole.get_output_embeddings().weight is not whole.get_input_embeddings().weight:
+        whole.config.tie_word_embeddings = False
+    return whole
 
 
 def _write_adapter(run: Run, directory: Path) -> None:
@@ -102,16 +174,6 @@ def _write_adapter(run: Run, directory: Path) -> None:
             continue
         generation.to_json_file(directory / GENERATION)
         return
-
-
-def _write_merged(run: Run, directory: Path) -> None:
-    base, dtype = run.base, run.recipe["model"].get("dtype", "auto")
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        base.source, revision=base.revision or "main", dtype=dtype, use_safetensors=True
-    )
-    stop_at(model.generation_config, saved_ends(str(run.directory)))
-    adapted: Any = PeftModel.from_pretrained(model, run.directory)
-    adapted.merge_and_unload(safe_merge=True).save_pretrained(directory)
 
 
 def _write_code(run: Run, directory: Path) -> None:

@@ -4,10 +4,16 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 RESULTS = "results.json"
+Control = Literal["base", "dense"]
+CONTROLS: dict[str, Control] = {"base": "base", "dense": "dense", "dense_lora": "dense"}
+"""What models of an evaluation are by their names: the untrained model, and the adapter that was trained on the same data
+and steps without eviction. Any other name is no control, unless the row's `control` says so."""
+_CONTROL_NAMES: dict[Control, str] = {"base": "the base model", "dense": "a dense-trained adapter on the same data"}
 
 
 class Interval(BaseModel):
@@ -45,6 +51,8 @@ class Row(BaseModel):
     seed: int | None = None
     adapter: str | None = None
     """Hash of the adapter's files that were measured, see `vkvtrain.identity.adapter_hash`."""
+    control: Control | None = None
+    """Which control the model is; by default by its name, see `CONTROLS`."""
     exact_match: Interval
     fact_match: float | None = None
     gap_closed: Interval | None = None
@@ -59,6 +67,16 @@ class Row(BaseModel):
     def setting(self) -> str:
         """The cache in words."""
         return "full cache" if self.cache == "full" else f"evicted by {self.policy} at budget {self.budget}"
+
+    @property
+    def measured(self) -> tuple[Any, ...]:
+        """What a model and its control must have in common."""
+        return self.task, self.metric, self.cache, self.policy, self.budget, self.n
+
+    @property
+    def role(self) -> Control | None:
+        """Which control this row measured, None if it is none."""
+        return self.control or CONTROLS.get(self.model)
 
     @property
     def task_name(self) -> str:
@@ -95,28 +113,21 @@ class Evaluation:
         return [row for row in self.rows if row.model == self.model]
 
     def missing_controls(self) -> list[str]:
-        """The comparisons that a claim about eviction needs and that were not measured."""
-        wanted: list[tuple[str, str, str | None, str, int | None]] = []
-        for task in dict.fromkeys(row.task for row in self.own):
-            evicted = [row for row in self.own if row.cache == "evicted" and row.task == task]
-            if evicted:
-                wanted.append(("base", "full", task, "full", None))
-            wanted += [(who, "evicted", task, row.policy, row.budget) for row in evicted for who in ("base", "dense")]
-        missing = []
-        for who, cache, task, policy, budget in wanted:
-            there = any(
-                row.model.startswith(who)
-                and row.cache == cache
-                and row.task == task
-                and row.policy == policy
-                and row.budget == budget
-                for row in self.rows
-            )
-            name = {"base": "the base model", "dense": "a dense-trained adapter on the same data"}[who]
-            where = "with the full cache" if cache == "full" else f"evicted by {policy} at budget {budget}"
-            if not there:
-                missing.append(f"{name} {where}")
-        return missing
+        """The comparisons that a claim about eviction needs and that were not measured.
+
+        A control is the same task, metric and number of problems, under the same cache.
+        """
+        wanted: list[tuple[Control, Row]] = []
+        for row in self.own:
+            if row.cache == "evicted":
+                full = row.model_copy(update={"cache": "full", "policy": "full", "budget": None})
+                wanted += [("base", full), ("base", row), ("dense", row)]
+        missing = [
+            f"{_CONTROL_NAMES[control]} {'with the full cache' if row.cache == 'full' else row.setting}"
+            for control, row in wanted
+            if not any(one.role == control and one.measured == row.measured for one in self.rows)
+        ]
+        return list(dict.fromkeys(missing))
 
 
 def find_results(run: Path) -> Path | None:

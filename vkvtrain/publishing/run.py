@@ -12,6 +12,7 @@ from huggingface_hub import metadata_load
 from huggingface_hub.utils import validate_repo_id
 from transformers.utils import cached_file
 
+from vkvtrain.adapters import read_adapter
 from vkvtrain.config import EvictionConfig
 from vkvtrain.tiny import MODEL_PATH
 from vkvtrain.training.run_directory import FINISHED
@@ -82,13 +83,18 @@ def read_run(directory: Path, base_name: str | None, licence: str | None, merge:
         eviction = EvictionConfig.from_pretrained(directory)
     except OSError as error:
         raise ValueError(str(error)) from None
-    return Run(directory, recipe, eviction, _base(recipe, base_name, licence, merge))
+    return Run(directory, recipe, eviction, _base(directory, recipe, base_name, licence, merge))
 
 
-def _base(recipe: dict[str, Any], base_name: str | None, licence: str | None, merge: bool) -> Base:
+def _base(
+    directory: Path, recipe: dict[str, Any], base_name: str | None, licence: str | None, merge: bool
+) -> Base:
     settings = recipe["model"]
     source, revision = settings["name"], settings.get("revision")
     embedded = source == "tiny"
+    if not embedded and not Path(source).is_absolute():
+        # the recipe names a directory relative to where it was launched, the adapter names it in full
+        source = read_adapter(directory, "adapter").config.base_model_name_or_path or source
     if base_name is not None:
         validate_repo_id(base_name)
     elif embedded and not merge:
@@ -103,6 +109,7 @@ def _base(recipe: dict[str, Any], base_name: str | None, licence: str | None, me
         )
     elif not embedded:
         base_name = source
+        _check_on_hub(source, revision)
     source = str(MODEL_PATH) if embedded else source
     found = {"license": licence} if licence else _licence_of(source, revision)
     if "license" not in found:
@@ -111,6 +118,17 @@ def _base(recipe: dict[str, Any], base_name: str | None, licence: str | None, me
             "as its page on the Hub says, for example --license apache-2.0"
         )
     return Base(source, revision, base_name, found, licence_given=bool(licence))
+
+
+def _check_on_hub(name: str, revision: str | None) -> None:
+    """Raise ValueError unless a base model is a repository on the Hub, or was downloaded from there."""
+    try:
+        cached_file(name, "config.json", revision=revision)
+    except OSError as error:
+        raise ValueError(
+            f"the base model {name!r} is not to be had from the Hub ({' '.join(str(error).split())}): others could not "
+            "load this adapter; say what it is on the Hub with --base-name, for example --base-name Qwen/Qwen3-1.7B"
+        ) from None
 
 
 def is_local(name: str) -> bool:

@@ -3,10 +3,14 @@
 from pathlib import Path
 
 import torch
+from peft import LoraConfig
 from safetensors.torch import save_file
+from transformers import AutoConfig
 
 from vkvtrain.ablation.grid import Sweep
 from vkvtrain.ablation.tasks import TaskInfo
+from vkvtrain.adapters import ADAPTER_WEIGHTS, expected_shapes, skeleton
+from vkvtrain.tiny import MODEL_PATH
 
 ROOT = Path(__file__).parents[1]
 GRID = {
@@ -17,10 +21,12 @@ TASK = TaskInfo("t", "exact_match", "none", 2, True, {}, "")
 
 
 def adapter(directory, weight=0.0):
-    """A directory that looks like a finished adapter."""
+    """A directory with an adapter of the embedded model, of the smallest rank."""
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "adapter_config.json").write_text("{}")
-    save_file({"w": torch.full((2,), weight)}, directory / "adapter_model.safetensors")
+    config = LoraConfig(r=1, target_modules=["q_proj"], task_type="CAUSAL_LM", base_model_name_or_path=str(MODEL_PATH))
+    config.save_pretrained(directory)
+    shapes = expected_shapes(skeleton(AutoConfig.from_pretrained(MODEL_PATH)), config)
+    save_file({name: torch.full(shape, weight) for name, shape in shapes.items()}, directory / ADAPTER_WEIGHTS)
     return str(directory)
 
 

@@ -72,7 +72,10 @@ def test_merged_weights_are_the_trained_model(tmp_path, trained, kind):
     run, model = trained(lora={"r": 4, "alpha": 8, **KINDS[kind]})
     publish(run, tmp_path / "merged", "--merge")
     assert (logits(model) - logits(AutoModelForCausalLM.from_pretrained(MODEL_PATH))).abs().max() > 0.05
-    for written in (AutoModelForCausalLM.from_pretrained(tmp_path / "merged"), vkvtrain.load(tmp_path / "merged").model):
+    for written in (
+        AutoModelForCausalLM.from_pretrained(tmp_path / "merged"),
+        vkvtrain.load(tmp_path / "merged").model,
+    ):
         torch.testing.assert_close(logits(written), logits(model), rtol=1e-4, atol=1e-4)
     tied = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").config.tie_word_embeddings
     assert tied == ("tied" not in kind and kind not in ("saved head", "saved embedding"))
@@ -118,7 +121,9 @@ def test_a_base_that_the_hub_does_not_have_is_refused(tmp_path, trained, monkeyp
 
 def test_the_adapter_names_the_revision_that_it_was_trained_on(tmp_path):
     base = AutoModelForCausalLM.from_pretrained(MODEL_PATH)
-    lora = short_recipe(tmp_path, {"data": {"source": "x"}, "training": {"steps": 1}, "optim": {"warmup_steps": 0}}).lora
+    lora = short_recipe(
+        tmp_path, {"data": {"source": "x"}, "training": {"steps": 1}, "optim": {"warmup_steps": 0}}
+    ).lora
     adapted = models.get_peft_model(base, models.lora_config(lora), revision="abc")
     adapted.save_pretrained(tmp_path)
     assert read_adapter(tmp_path, "x").config.revision == "abc"

@@ -9,7 +9,7 @@ import json
 import math
 import os
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -21,13 +21,27 @@ CONFIG_NAME = "eviction_config.json"
 class Settings(BaseModel):
     """A frozen settings object that refuses unknown keys; its errors are one sentence that names the setting."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", protected_namespaces=(), use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
     def __init__(self, **values: Any) -> None:
+        for name, value in values.items():
+            if name in type(self).model_fields:
+                _check_number(name, value, type(self).model_fields[name].annotation)
         try:
             super().__init__(**values)
         except ValidationError as error:
             raise ValueError(one_sentence(error, list(type(self).model_fields))) from None
+
+
+def _check_number(name: str, value: Any, annotation: Any) -> None:
+    """Raise ValueError for true or false instead of a number (pydantic takes them for 1 and 0), or one past 64 bits."""
+    kinds = (annotation, *get_args(annotation))
+    if isinstance(value, bool) and bool not in kinds and (int in kinds or float in kinds):
+        raise ValueError(f"setting {name!r}: must be a number, got {value!r}")
+    if isinstance(value, int) and abs(value) >= 2**63:
+        raise ValueError(f"setting {name!r}: {str(value)[:20]}... does not fit 64 bits")
 
 
 def nearest(name: str, known: list[str]) -> str:

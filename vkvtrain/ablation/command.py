@@ -19,6 +19,7 @@ from vkvtrain.ablation.export import cells_table, export, samples_table, statuse
 from vkvtrain.ablation.grid import DENSE, Sweep, load_sweep
 from vkvtrain.ablation.store import Store
 from vkvtrain.config import nearest
+from vkvtrain.outputs import check_directory, check_file
 
 if TYPE_CHECKING:  # what runs cells loads lm-eval, which takes seconds
     from vkvtrain.ablation.plan import Plan, PlannedCell
@@ -158,6 +159,7 @@ def ablate(arguments: list[str]) -> None:
     from vkvtrain.ablation.plan import make_plan
     from vkvtrain.ablation.runner import Runner, gpus, slots
 
+    check_directory(sweep.output, "output")
     shares = slots(sweep, gpus())
     console = Console()
     say_controls(sweep, console)
@@ -212,6 +214,8 @@ class Results:
 def results(arguments: list[str]) -> None:
     """The command line of `vkvtrain results`."""
     given = tyro.cli(Results, args=arguments, prog="vkvtrain results", config=(tyro.conf.FlagCreatePairsOff,))
+    if given.export is not None:
+        check_file(given.export, "--export")
     store = Store.existing(given.directory)
     cells = None if given.every else [cell["cell"] for cell in store.plan()["cells"]]
     console = Console(width=max(Console().width, 150))
@@ -243,7 +247,10 @@ def report(arguments: list[str]) -> None:
     from vkvtrain.ablation.report import write_report
 
     given = tyro.cli(Report, args=arguments, prog="vkvtrain report")
-    written = write_report(Store.existing(given.directory), given.output or given.directory / "report")
+    output = given.output or given.directory / "report"
+    store = Store.existing(given.directory)
+    check_directory(output, "--output")
+    written = write_report(store, output)
     print(f"written: {written[0]}, {written[1]}")
 
 

@@ -6,6 +6,7 @@ never run twice.
 
 import hashlib
 import json
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -16,9 +17,12 @@ import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-from vkvtrain.ablation.grid import BASE, Cell, ModelEntry, Sweep, without_repeats
+from vkvtrain.ablation.grid import BASE, DENSE, Cell, ModelEntry, Sweep, without_repeats
 from vkvtrain.ablation.tasks import TaskInfo, find_tasks
+from vkvtrain.adapters import check_fits, read_adapter, tensor_shapes
+from vkvtrain.config import CONFIG_NAME, EvictionConfig
 from vkvtrain.identity import ADAPTER, adapter_hash, commit_of, decisive_files, model_identity, stamp_of
+from vkvtrain.loading import load_tokenizer, read_config
 from vkvtrain.support import layer_kinds
 from vkvtrain.tiny import MODEL_PATH
 
@@ -196,11 +200,29 @@ def adapter_directory(where: str, peft: str) -> Path:
 
 
 def check_models(models: Iterable[Model], cells: Sequence[Cell], trust: bool) -> None:
-    """Raise ValueError if a model cannot evict under a cell's setting."""
+    """Raise ValueError for a model that cannot evict under a cell's setting, or whose files are damaged."""
     for model in models:
-        config = transformers.AutoConfig.from_pretrained(
-            model.pretrained, revision=model.revision, trust_remote_code=trust
-        )
+        where = "model" if model.name == BASE else f"adapters.{model.name}"
+        config = read_config(model.pretrained, where, model.revision, trust)
         for cell in cells:
             if cell.model == model.name:
                 layer_kinds(config, cell.config)
+        if not trust:
+            load_tokenizer(model.pretrained, where, model.revision)
+        for file in sorted(Path(model.pretrained).glob("*.safetensors")):  # none where it is a Hub name
+            tensor_shapes(file, f"{where} {model.given!r}")
+        if model.peft is not None:
+            check_fits(read_adapter(model.peft, where), config, where, trust)
+        if model.name == DENSE:
+            check_dense(model)
+
+
+def check_dense(model: Model) -> None:
+    """Warn if the control without eviction says that it was trained under eviction."""
+    directory = Path(model.peft or model.pretrained)
+    if (directory / CONFIG_NAME).is_file() and (eviction := EvictionConfig.from_pretrained(directory)).evicts:
+        warnings.warn(
+            f"adapters.{DENSE}: {str(directory)!r} was trained under eviction ({eviction.policy}, budget "
+            f"{eviction.budget}), so it is no control without eviction: call it something else",
+            stacklevel=2,
+        )

@@ -25,6 +25,7 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, po
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
+from vkvtrain.adapters import check_fits, read_adapter
 from vkvtrain.clock import day_of, fix_day
 from vkvtrain.ends import Thoughts, encode, end_tokens, saved_ends, stop_at
 from vkvtrain.evaluation.arguments import (
@@ -97,6 +98,8 @@ class EvictionLM(_HFLM):
         except OSError as error:
             raise ValueError(f"pretrained={pretrained} cannot be loaded: {' '.join(str(error).split())}") from None
         kinds = layer_kinds(config, self.eviction)
+        if peft := arguments.get("peft"):
+            check_fits(read_adapter(peft, "peft", arguments.get("revision")), config, "peft", trust)
         self.compile = take_compile(arguments, kinds)
         check_generation(own_generation_settings(pretrained, revision))
         check_replicated()

@@ -11,15 +11,16 @@ import torch
 import tyro
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from vkvtrain.adapters import check_fits, read_adapter
 from vkvtrain.config import EvictionConfig
 from vkvtrain.ends import encode
 from vkvtrain.inspection.page import page
 from vkvtrain.inspection.picture import draw
 from vkvtrain.inspection.survival import Survival, policy_overlap, survival
-from vkvtrain.loading import load_config
-from vkvtrain.support import ATTENTION, layer_kinds
+from vkvtrain.loading import load_tokenizer, load_weights, read_config
+from vkvtrain.outputs import check_directory
+from vkvtrain.support import layer_kinds
 from vkvtrain.tiny import MODEL_PATH, task
 
 
@@ -129,12 +130,7 @@ def tokens_of(arguments: Arguments, tokenizer: Any, prompt: str, rest: str) -> t
 
 def load(arguments: Arguments, name: str) -> Any:
     """The model in evaluation mode, with its adapter if there is one; raises ValueError if it cannot be had."""
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            name, config=load_config(name), dtype=arguments.dtype, attn_implementation=ATTENTION
-        )
-    except OSError as error:
-        raise ValueError(f"--model {arguments.model!r} cannot be loaded: {' '.join(str(error).split())}") from None
+    model = load_weights(name, "--model", dtype=arguments.dtype)
     if arguments.peft is not None:
         from peft import PeftModel
 
@@ -211,18 +207,22 @@ def run(arguments: Arguments) -> None:
         ValueError: one sentence that names the setting and the fix, before a model is loaded where that is possible.
     """
     configs(arguments, arguments.budget or 2 * arguments.window)  # what is wrong without knowing the text's length
+    if arguments.max_tokens < 2:
+        raise ValueError(f"--max-tokens must be at least 2, got {arguments.max_tokens}")
+    check_directory(arguments.output, "--output")
     prompt, rest = read_text(arguments)
     name = str(MODEL_PATH) if arguments.model == "tiny" else arguments.model
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except OSError as error:
-        raise ValueError(f"--model {arguments.model!r} cannot be loaded: {' '.join(str(error).split())}") from None
+    base = read_config(name, "--model")
+    adapter = None if arguments.peft is None else read_adapter(arguments.peft, "--peft")
+    if adapter is not None:
+        check_fits(adapter, base, "--peft")
+    tokenizer = load_tokenizer(name, "--model")
     ids, length = tokens_of(arguments, tokenizer, prompt, rest)
     budget = arguments.budget or max(2, len(ids) // 2 // arguments.window) * arguments.window
     settings = configs(arguments, budget)
-    model = load(arguments, name)
     for config in settings:
-        layer_kinds(model.config, config)
+        layer_kinds(base, config)
+    model = load(arguments, name)
     survivals = [survival(model, ids, config, length) for config in settings]
     arguments.output.mkdir(parents=True, exist_ok=True)
     results = {"arguments": {key: str(value) for key, value in asdict(arguments).items()}, **summary(survivals)}

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vkvtrain.config import EvictionConfig
+from vkvtrain.outputs import check_file
 from vkvtrain.planning.architecture import Architecture, read_architecture
 from vkvtrain.planning.decoding import Decoding, Roof, roof
 from vkvtrain.planning.devices import Device, find_device
@@ -97,6 +98,11 @@ def workload(arguments: Arguments) -> Workload:
     for name in ("seq", "window", "gpus", "rows", "global_batch", "r"):
         if getattr(arguments, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(arguments, name)}")
+    for name in ("seq", "budget", "window", "gpus", "rows", "global_batch", "r"):
+        if getattr(arguments, name) >= 2**31:
+            raise ValueError(f"--{name.replace('_', '-')} must be below 2^31, got {getattr(arguments, name)}")
+    if arguments.budget < 0:
+        raise ValueError(f"--budget must be 0 (no eviction) or more, got {arguments.budget}")
     if not 0 < arguments.mfu <= 1:
         raise ValueError(f"--mfu must be above 0 and at most 1, got {arguments.mfu}")
     if arguments.gpus > 1 and arguments.strategy == "single":
@@ -187,6 +193,8 @@ def run(arguments: Arguments, console: Console) -> Plan:
         ValueError: one sentence that names the setting and the fix.
     """
     w = workload(arguments)
+    if arguments.output is not None:
+        check_file(arguments.output, "--output")
     device = find_device(arguments.device)
     a = read_architecture(arguments.model_config, arguments.r)
     plan = make_plan(a, w, device, arguments.mfu)

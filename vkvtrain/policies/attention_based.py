@@ -18,6 +18,7 @@ class SnapKV(Policy):
     needs_keys: ClassVar[bool] = True
     only_window_attention: ClassVar[bool] = True
     has_weights: ClassVar[bool] = True
+    smooths: ClassVar[bool] = True
 
     def score(self, candidates: Candidates, smooth: bool) -> Tensor:
         return window_attention(candidates, smooth)
@@ -92,6 +93,7 @@ class Caote(Policy):
     needs_values: ClassVar[bool] = True
     only_window_attention: ClassVar[bool] = True
     has_weights: ClassVar[bool] = True
+    smooths: ClassVar[bool] = True
 
     def score(self, candidates: Candidates, smooth: bool) -> Tensor:
         assert candidates.values is not None

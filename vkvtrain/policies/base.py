@@ -83,6 +83,8 @@ class Policy:
     """Measures of the values' size that the score reads (`candidates.value_size`), without the values themselves."""
     only_window_attention: ClassVar[bool] = False
     """Queries and keys are needed for `window_attention` and nothing else."""
+    smooths: ClassVar[bool] = False
+    """The score reads `smooth`."""
     samples: ClassVar[bool] = False
     """Scores are weights of sampling without replacement, else the highest scores are kept."""
     has_weights: ClassVar[bool] = False

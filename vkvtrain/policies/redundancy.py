@@ -79,6 +79,7 @@ class RKVVase(RKV):
 
     lam: float = 0.5
     needs_window_keys: ClassVar[bool] = False
+    smooths: ClassVar[bool] = True
     threshold: ClassVar[float | None] = None
 
     def importance(self, candidates: Candidates, smooth: bool) -> Tensor:

@@ -29,9 +29,7 @@ _LIBRARIES = ("python", "vkvtrain", "torch", "transformers", "peft", "accelerate
 _SETTING = re.compile(r"^EVICTION: dict\[str, Any\] = .*$", re.MULTILINE)
 
 
-def export(
-    run: Run, evaluation: Evaluation | None, directory: Path, name: str, *, merge: bool, overwrite: bool
-) -> str:
+def export(run: Run, evaluation: Evaluation | None, directory: Path, name: str, *, merge: bool, overwrite: bool) -> str:
     """Write what is published; the directory appears when it is complete and was compared with what was trained.
 
     Args:

@@ -11,8 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 RESULTS = "results.json"
 Control = Literal["base", "dense"]
 CONTROLS: dict[str, Control] = {"base": "base", "dense": "dense", "dense_lora": "dense"}
-"""What models of an evaluation are by their names: the untrained model, and the adapter that was trained on the same data
-and steps without eviction. Any other name is no control, unless the row's `control` says so."""
+"""What models of an evaluation are by their names: the untrained model, and the adapter that was trained on the same
+data and steps without eviction. Any other name is no control, unless the row's `control` says so."""
 _CONTROL_NAMES: dict[Control, str] = {"base": "the base model", "dense": "a dense-trained adapter on the same data"}
 
 

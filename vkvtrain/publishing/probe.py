@@ -1,7 +1,7 @@
 """Whether what was written is what was trained: logits of both models on fixed tokens.
 
-A file can load cleanly and be another model: two layers that share a tensor and were merged into one after the other, an
-adapter beside another base, weights rounded to a type that loses the update. Knows models; knows nothing of files.
+A file can load cleanly and be another model: two layers that share a tensor and were merged into one after the other,
+an adapter beside another base, weights rounded to a type that loses the update. Knows models; knows nothing of files.
 """
 
 from dataclasses import dataclass
@@ -12,9 +12,9 @@ from torch import Tensor
 
 TOKENS = 64
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-"""Root mean square of the difference of two models' logits, against that of the centred logits, that rounding of weights
-and activations may cause. Measured on the embedded model over thirteen kinds of adapter: 1e-6 in float32, 1e-2 in
-bfloat16; a tied head that was merged wrongly: 0.1 and more."""
+"""Root mean square of the difference of two models' logits, against that of the centred logits, that rounding of
+weights and activations may cause. Measured on the embedded model over thirteen kinds of adapter: 1e-6 in float32, 1e-2
+in bfloat16; a tied head that was merged wrongly: 0.1 and more."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,8 @@ def check_written(found: Probe, written: Tensor) -> str:
     size = _rms(found.trained - found.trained.mean(-1, keepdim=True))
     if written.shape != found.trained.shape:
         raise ValueError(
-            f"the written model has {written.shape[-1]} outcomes and the trained one {found.trained.shape[-1]}: nothing "
-            "is published"
+            f"the written model has {written.shape[-1]} outcomes and the trained one {found.trained.shape[-1]}: "
+            "nothing is published"
         )
     off, effect = _rms(written - found.trained) / size, _rms(found.base - found.trained) / size
     tolerance = TOLERANCE.get(found.dtype, max(TOLERANCE.values()))

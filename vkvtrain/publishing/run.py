@@ -86,9 +86,7 @@ def read_run(directory: Path, base_name: str | None, licence: str | None, merge:
     return Run(directory, recipe, eviction, _base(directory, recipe, base_name, licence, merge))
 
 
-def _base(
-    directory: Path, recipe: dict[str, Any], base_name: str | None, licence: str | None, merge: bool
-) -> Base:
+def _base(directory: Path, recipe: dict[str, Any], base_name: str | None, licence: str | None, merge: bool) -> Base:
     settings = recipe["model"]
     source, revision = settings["name"], settings.get("revision")
     embedded = source == "tiny"

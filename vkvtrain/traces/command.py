@@ -12,14 +12,13 @@ import torch
 import tyro
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from vkvtrain import ends
+from vkvtrain.adapters import check_fits, read_adapter
 from vkvtrain.chat_templates import check_arguments
 from vkvtrain.clock import day_of, fix_day
 from vkvtrain.generation import Sampling
-from vkvtrain.loading import load_config
-from vkvtrain.support import ATTENTION
+from vkvtrain.loading import load_tokenizer, load_weights, read_config
 from vkvtrain.tiny import MODEL_PATH
 from vkvtrain.traces.making import Tally, make, write
 from vkvtrain.traces.problems import BOXED, Problem, problems
@@ -97,6 +96,7 @@ def run(arguments: Arguments) -> Tally:
     """
     kwargs = checked(arguments)
     day = day_of(arguments.date, "--date")
+    journal = writable_journal(arguments.output)
     sampling = Sampling(
         temperature=arguments.temperature, top_p=arguments.top_p, top_k=arguments.top_k, seed=arguments.seed
     )
@@ -108,13 +108,14 @@ def run(arguments: Arguments) -> Tally:
     if not todo:
         raise ValueError(f"--shard {arguments.shard} of {arguments.source} holds no problem: use fewer shards")
     name = str(MODEL_PATH) if arguments.model == "tiny" else arguments.model
-    tokenizer = load_tokenizer(arguments, name)
-    journal = arguments.output.with_name(arguments.output.name + ".journal")
+    tokenizer = load_tokenizer(name, "--model", arguments.revision)
+    config = read_config(name, "--model", arguments.revision)
+    if arguments.peft is not None:
+        check_fits(read_adapter(arguments.peft, "--peft"), config, "--peft")
     fix_day(tokenizer, day, journal.with_name(journal.name + ".date"), "--date")
     prompts = {one.number: messages(one, arguments) for one in todo}
     ids = {number: encode(prompt, tokenizer, kwargs) for number, prompt in prompts.items()}
-    check_lengths(todo, ids, arguments, name)
-    journal = writable_journal(arguments.output)
+    check_lengths(todo, ids, arguments, config)
     accepted, tally = make(
         load_model(arguments, name), tokenizer, todo, ids, sampling, arguments.attempts, arguments.keep,
         arguments.max_new_tokens, arguments.slots, journal,
@@ -190,9 +191,8 @@ def encode(prompt: str | list[dict[str, str]], tokenizer: Any, kwargs: dict[str,
     return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True, **kwargs)["input_ids"]
 
 
-def check_lengths(todo: Sequence[Problem], ids: Mapping[int, Sequence[int]], arguments: Arguments, name: str) -> None:
+def check_lengths(todo: Sequence[Problem], ids: Mapping[int, Sequence[int]], arguments: Arguments, config: Any) -> None:
     """Refuse a problem that leaves the model no position for a response; reads the model's configuration alone."""
-    config = AutoConfig.from_pretrained(name, revision=arguments.revision or "main")
     longest = config.get_text_config(decoder=True).max_position_embeddings
     for one in todo:
         if len(ids[one.number]) >= longest:
@@ -221,20 +221,9 @@ def writable_journal(output: Path) -> Path:
     return journal
 
 
-def load_tokenizer(arguments: Arguments, name: str) -> Any:
-    """The model's tokenizer; raises ValueError if it cannot be had."""
-    try:
-        return AutoTokenizer.from_pretrained(name, revision=arguments.revision or "main")
-    except OSError as error:
-        raise ValueError(f"--model {arguments.model!r} cannot be loaded: {' '.join(str(error).split())}") from None
-
-
 def load_model(arguments: Arguments, name: str) -> Any:
     """The model, with its adapter if there is one, on a GPU if there is one."""
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        name, config=load_config(name, arguments.revision), revision=arguments.revision or "main",
-        dtype=arguments.dtype, attn_implementation=ATTENTION,
-    )  # fmt: skip
+    model = load_weights(name, "--model", revision=arguments.revision, dtype=arguments.dtype)
     if arguments.peft is not None:
         from peft import PeftModel
 

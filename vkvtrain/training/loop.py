@@ -218,7 +218,7 @@ def next_step(run: Run) -> dict[str, Any]:
     """The next step with learning rate, clock, memory and what is only looked at now and then; returns its log row."""
     recipe, began = run.recipe, time.monotonic()
     # dropout is a function of the step and the rank, so a resumed run draws what one never stopped would have drawn
-    set_seed(recipe.seed + 1_000_003 * (run.step + 1) + run.accelerator.process_index)
+    set_seed((recipe.seed + 1_000_003 * (run.step + 1) + run.accelerator.process_index) % 2**32)  # NumPy takes no more
     row, batches = train_step(run)
     row |= {"step": run.step + 1, "learning_rate": run.scheduler.get_last_lr()[0]}
     row["tokens_per_second"] = round(row.pop("tokens") / (time.monotonic() - began))

@@ -136,7 +136,7 @@ def _check_base(recipe: Recipe, found: LoraConfig, name: str) -> None:
     """Raise ValueError if an adapter says that it was trained on another model."""
     theirs, ours = found.base_model_name_or_path, model_name(recipe)
     if not theirs:
-        warnings.warn(f"lora.continue_from {name!r} names no base model: that it is this one is not checked", stacklevel=2)
+        warnings.warn(f"lora.continue_from {name!r} names no base model: so it may be another's", stacklevel=2)
         return
     same = Path(theirs).resolve() == Path(ours) if Path(ours).is_dir() else theirs == ours
     if not same:
@@ -147,8 +147,8 @@ def _check_base(recipe: Recipe, found: LoraConfig, name: str) -> None:
     revisions = [revision or "main" for revision in (found.revision, recipe.model.revision)]
     if revisions[0] != revisions[1]:
         raise ValueError(
-            f"lora.continue_from {name!r} was trained on revision {revisions[0]!r} of {theirs!r}, and model.revision is "
-            f"{revisions[1]!r}: set model.revision to it"
+            f"lora.continue_from {name!r} was trained on revision {revisions[0]!r} of {theirs!r}, and model.revision "
+            f"is {revisions[1]!r}: set model.revision to it"
         )
 
 

@@ -49,6 +49,7 @@ def plan(recipe: Recipe, data: TrainingData, tokenizer: Any, model: Any, process
     trainable, total = model.get_nb_trainable_parameters()
     first = data.train[0]
     wanting = f"{data.unusable} without a correct generation, " if data.unusable else ""
+    dense = training.dense_fraction if recipe.eviction_configs() else 1.0
     lines = [
         f"processes        {processes} (asked for {asked})",
         f"batch            {forward} a forward pass x {-(-share // forward)} accumulated x {processes} processes = "
@@ -56,7 +57,7 @@ def plan(recipe: Recipe, data: TrainingData, tokenizer: Any, model: Any, process
         f"data             {len(data.train)} rows of {tokens:.0f} tokens on average, {data.left_out} left out as too "
         f"long, {wanting}{training.steps * training.global_batch / len(data.train):.2f} epochs",
         f"trainable        {trainable:,} of {total:,} parameters ({trainable / total:.2%})",
-        f"objective        {objective(training)}, {training.steps} steps, {training.dense_fraction:.0%} of them dense",
+        f"objective        {objective(training)}, {training.steps} steps, {dense:.0%} of them dense",
     ]
     configs = recipe.eviction_configs() if training.dense_fraction < 1 else []
     for config in configs:

@@ -13,6 +13,7 @@ import yaml
 from safetensors import SafetensorError
 from torch import Tensor
 
+from vkvtrain.outputs import check_directory
 from vkvtrain.training.checkpoints import sync
 from vkvtrain.training.settings import Recipe
 
@@ -27,7 +28,8 @@ class Incomplete(Exception):
 
 
 def check_output(directory: Path, overwrite: bool) -> None:
-    """Raise ValueError if a finished run is already there, unless it may be overwritten."""
+    """Raise ValueError if the directory cannot be written, or holds a finished run that may not be overwritten."""
+    check_directory(directory, "output")
     if (directory / FINISHED).exists() and not overwrite:
         raise ValueError(f"output {str(directory)!r} holds a finished run: choose another output, or pass --overwrite")
 

@@ -6,11 +6,12 @@ only what is written. Knows nothing of models, data or devices.
 
 import datetime
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import yaml
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from vkvtrain.chat_templates import check_text_booleans
 from vkvtrain.config import EvictionConfig, Settings
@@ -18,6 +19,14 @@ from vkvtrain.training.budgets import BudgetSchedule, budget_schedule
 
 REWRITES_BASE = ("pissa", "olora")
 """How the names of initialisations begin that move part of the base weights into the adapter."""
+
+
+def refuse_without_effect(settings: Settings, names: Sequence[str], why: str) -> None:
+    """Raise ValueError if one of the settings that are without effect, as `why` says, is not left at its default."""
+    for name in names:
+        default = type(settings).model_fields[name].get_default(call_default_factory=True)
+        if getattr(settings, name) != default:
+            raise ValueError(f"{name} ({getattr(settings, name)!r}) is without effect, as {why}: leave it out")
 
 
 class ModelSettings(Settings):
@@ -83,6 +92,10 @@ class DataSettings(Settings):
         check_text_booleans(self.template_kwargs, "template_kwargs")
         if self.packing_length is not None and not self.packing:
             raise ValueError(f"packing_length ({self.packing_length}) is set without packing: set packing to true")
+        if self.source.startswith("tiny:") or Path(self.source).suffix in (".jsonl", ".json", ".parquet"):
+            refuse_without_effect(self, ("config", "split", "revision"), f"source {self.source!r} is no data set")
+        if self.choose != "random_correct":
+            refuse_without_effect(self, ("seed",), f"choose {self.choose!r} draws nothing")
         return self
 
 
@@ -155,6 +168,14 @@ class TrainingSettings(Settings):
     def _check(self) -> Self:
         if self.objective == "sft" and self.entropy_weight:
             raise ValueError("entropy_weight weighs by the teacher's entropy, and sft has no teacher: use distill")
+        if self.objective == "sft":
+            of_teacher = ("divergence", "jsd_weight", "temperature", "top_k", "ce_weight")
+            refuse_without_effect(self, of_teacher, "objective 'sft' has no divergence to a teacher")
+        if self.divergence != "jsd":
+            refuse_without_effect(self, ("jsd_weight",), f"divergence is {self.divergence!r} and not 'jsd'")
+        if self.objective != "on_policy":
+            generated = ("rollout_tokens", "rollout_temperature")
+            refuse_without_effect(self, generated, f"objective {self.objective!r} generates nothing")
         if self.objective == "on_policy" and self.rollout_tokens is None:
             raise ValueError("rollout_tokens is required on_policy: say how long a generated response may be")
         if self.objective == "on_policy" and self.ce_weight:
@@ -174,9 +195,16 @@ class OptimSettings(Settings):
     weight_decay: float = Field(default=0.0, ge=0)
     """Decoupled weight decay of the adapter."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """AdamW's decay rates."""
+    """AdamW's decay rates, each from 0 to below 1."""
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Global gradient norm above which gradients are scaled down."""
+
+    @field_validator("betas")
+    @classmethod
+    def _betas(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not all(0 <= beta < 1 for beta in value):
+            raise ValueError(f"AdamW's decay rates are from 0 to below 1, got {list(value)}")
+        return value
 
 
 class CheckpointSettings(Settings):
@@ -191,15 +219,24 @@ Tracker = Literal[
 ]
 
 
+_SAMPLES = 16
+
+
 class LogSettings(Settings):
     evaluate_every: int = Field(default=100, ge=1)
     """Steps between two evaluations of the loss on the held-out rows, with the full cache and evicted."""
     generate_every: int | None = Field(default=None, ge=1)
     """Steps between two generations of held-out responses with the evicting cache; null: none."""
-    generate_samples: int = Field(default=16, ge=1)
+    generate_samples: int = Field(default=_SAMPLES, ge=1)
     """Held-out prompts that are answered then, greedily."""
     tracker: Tracker = "auto"
     """An accelerate tracker beside `metrics.jsonl`; `auto` is TensorBoard where it is installed."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.generate_every is None:
+            refuse_without_effect(self, ("generate_samples",), "generate_every is null")
+        return self
 
 
 class Recipe(Settings):
@@ -222,13 +259,13 @@ class Recipe(Settings):
     log: LogSettings = Field(default_factory=LogSettings)
     output: Path
     """Directory to write."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**32)
     """Seed of the adapter's initial weights, the data order and the schedule (the policy's is `eviction.seed`)."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         try:
-            self.eviction_configs()
+            self._check_eviction(self.eviction_configs())
         except ValueError as error:
             raise ValueError(f"eviction: {error}") from None
         if self.training.has_teacher and self.lora.rewrites_base:
@@ -245,12 +282,33 @@ class Recipe(Settings):
             raise ValueError("data.packing packs rows whose length is known: set it to false for objective 'on_policy'")
         if self.log.generate_every is not None and not self.data.held_out:
             raise ValueError("log.generate_every needs held-out rows: raise data.held_out, or leave it out")
+        samples = self.log.generate_samples
+        if self.log.generate_every is not None and samples > self.data.held_out and samples != _SAMPLES:
+            raise ValueError(
+                f"log.generate_samples ({samples}) is more than data.held_out ({self.data.held_out}): lower it, or "
+                "hold out more"
+            )
+        if not self.data.held_out:
+            refuse_without_effect(self.log, ("evaluate_every",), "data.held_out is 0")
         if self.optim.warmup_steps > self.training.steps:
             raise ValueError(
                 f"optim.warmup_steps ({self.optim.warmup_steps}) is more than training.steps ({self.training.steps}): "
                 "lower it or train longer"
             )
         return self
+
+    def _check_eviction(self, configs: Sequence[EvictionConfig]) -> None:
+        """Raise ValueError for eviction settings that change nothing under any of the policies."""
+        given = {name: value for name, value in (self.eviction or {}).items() if name != "policy"}
+        if self.eviction is not None and not configs and given:
+            raise ValueError(f"{next(iter(given))} is without effect under policy 'full': write eviction: null")
+        policies = [config.make_policy() for config in configs]
+        names = ", ".join(dict.fromkeys(config.policy for config in configs))
+        if configs and not configs[0].smooth and not any(policy.smooths for policy in policies):
+            raise ValueError(f"smooth (False) is without effect, as {names} reads no window attention: leave it out")
+        draws = any(policy.samples or policy.needs_noise for policy in policies)
+        if configs and configs[0].seed and not draws:
+            raise ValueError(f"seed ({configs[0].seed}) is without effect, as {names} draws nothing: leave it out")
 
     def policies(self) -> list[Any]:
         """The policies that steps draw from."""

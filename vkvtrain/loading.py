@@ -145,8 +145,8 @@ def load_weights(name: str, where: str, *, revision: str | None = None, **argume
     """
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
-            name, config=load_config(name, revision), revision=revision or "main", attn_implementation=ATTENTION, use_safetensors=True,
-            output_loading_info=True, ignore_mismatched_sizes=True, **arguments,
+            name, config=load_config(name, revision), revision=revision or "main", attn_implementation=ATTENTION,
+            use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True, **arguments,
         )  # fmt: skip
     except (OSError, ValueError, SafetensorError, StrictDataclassError) as error:
         raise ValueError(f"{where} {name!r} cannot be loaded: {' '.join(str(error).split())}") from None

@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
-import yaml
 from pydantic import Field, field_validator, model_validator
 
 from vkvtrain.config import EvictionConfig, Settings, nearest
+from vkvtrain.yaml_files import read_mapping
 
 BASE, DENSE = "base", "dense"
 """Names of the untrained model and of the adapter that was trained on the same data and steps without eviction."""
@@ -288,13 +288,7 @@ def sweep_values(path: Path) -> dict[str, Any]:
     """A sweep file as values; raises ValueError for a missing file or one that is no YAML mapping."""
     if not path.is_file():
         raise ValueError(f"there is no sweep {str(path)!r}: give a YAML file, such as eval/sweeps/quickstart.yaml")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise ValueError(f"{path} must hold a mapping of settings")
-    return values
+    return read_mapping(path)
 
 
 def load_sweep(path: Path, overrides: Mapping[str, Any] | None = None) -> Sweep:

@@ -69,6 +69,9 @@ def check_targets(base: Any, lora: LoraSettings) -> None:
         base: the base model; its weights are not looked at.
         lora: the recipe's.
     """
+    largest = max(min(weight.shape) for weight in base.parameters() if weight.dim() == 2)
+    if lora.r > largest:
+        raise ValueError(f"lora.r ({lora.r}) is more than the rank of any weight of the model ({largest}): lower it")
     leaves = sorted({name.rpartition(".")[2] for name, _ in base.named_modules() if name})
     try:
         with torch.device("meta"), warnings.catch_warnings():
@@ -136,7 +139,7 @@ def _check_base(recipe: Recipe, found: LoraConfig, name: str) -> None:
     """Raise ValueError if an adapter says that it was trained on another model."""
     theirs, ours = found.base_model_name_or_path, model_name(recipe)
     if not theirs:
-        warnings.warn(f"lora.continue_from {name!r} names no base model: so it may be another's", stacklevel=2)
+        warnings.warn(f"lora.continue_from {name!r} names no base model, so it may be another's", stacklevel=2)
         return
     same = Path(theirs).resolve() == Path(ours) if Path(ours).is_dir() else theirs == ours
     if not same:

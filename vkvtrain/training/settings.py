@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
-import yaml
 from pydantic import Field, field_validator, model_validator
 
 from vkvtrain.chat_templates import check_text_booleans
 from vkvtrain.config import EvictionConfig, Settings
 from vkvtrain.training.budgets import BudgetSchedule, budget_schedule
+from vkvtrain.yaml_files import read_mapping
 
 REWRITES_BASE = ("pissa", "olora")
 """How the names of initialisations begin that move part of the base weights into the adapter."""
@@ -358,15 +358,7 @@ def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
         raise ValueError(f"{path}: base recipes form a circle")
     if not path.is_file():
         raise ValueError(f"there is no recipe {str(path)!r}: give the path of a YAML file")
-    try:
-        values = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold a mapping of settings, got {type(values).__name__}")
-    for key in values:
-        if not isinstance(key, str):
-            raise ValueError(f"{path}: unknown setting {key!r}: the names of settings are text")
+    values = read_mapping(path)
     base = values.pop("base", None)
     if base is None:
         return values

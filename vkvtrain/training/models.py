@@ -1,7 +1,9 @@
 """The base model with its adapter, as a recipe describes them."""
 
 import importlib.util
+import re
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,26 +74,46 @@ def check_targets(base: Any, lora: LoraSettings) -> None:
     largest = max(min(weight.shape) for weight in base.parameters() if weight.dim() == 2)
     if lora.r > largest:
         raise ValueError(f"lora.r ({lora.r}) is more than the rank of any weight of the model ({largest}): lower it")
-    leaves = sorted({name.rpartition(".")[2] for name, _ in base.named_modules() if name})
+    names = [name for name, _ in base.named_modules() if name]
+    for setting in ("target_modules", "modules_to_save"):
+        _check_names(setting, getattr(lora, setting), names)
     try:
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # said again when the adapter is made
-            settings = lora_config(lora.model_copy(update={"init": "default"}))
-            adapted = get_peft_model(base, settings)
-    except ValueError as error:
-        near = nearest(lora.target_modules, leaves) if isinstance(lora.target_modules, str) else ""
-        said = " ".join(str(error).split())
-        raise ValueError(f"lora.target_modules {lora.target_modules!r}: {said}{near}") from None
-    names = list(adapted.named_modules())
-    kinds: list[tuple[str, Any, list[str], type]] = [
-        ("target_modules", lora.target_modules, [], LoraLayer),
-        ("modules_to_save", lora.modules_to_save, lora.modules_to_save, ModulesToSaveWrapper),
-    ]
-    for setting, given, entries, kind in kinds:
-        reached = [name for name, module in names if isinstance(module, kind)]
-        for entry in entries or (given if isinstance(given, list) else []):
+            adapted = get_peft_model(base, lora_config(lora.model_copy(update={"init": "default"})))
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"lora.target_modules {lora.target_modules!r} with lora.modules_to_save {lora.modules_to_save!r}: "
+            f"{' '.join(str(error).split())}"
+        ) from None
+    kinds = {"target_modules": LoraLayer, "modules_to_save": ModulesToSaveWrapper}
+    for setting, kind in kinds.items():
+        reached = [name for name, module in adapted.named_modules() if isinstance(module, kind)]
+        entries = getattr(lora, setting)
+        for entry in entries if isinstance(entries, list) else []:
             if not any(name.endswith(f".{entry}") for name in reached):
-                raise ValueError(f"lora.{setting}: the model has no module {entry!r}{nearest(entry, leaves)}")
+                raise ValueError(f"lora.{setting}: {entry!r} is without effect: another setting of lora has it, too")
+
+
+def _check_names(setting: str, entries: str | list[str], names: Sequence[str]) -> None:
+    """Raise ValueError for a name, or a pattern in the place of a list, that is no module's."""
+    leaves = sorted({part for part in (name.rpartition(".")[2] for name in names) if not part.isdecimal()})
+    if isinstance(entries, str):
+        try:
+            found = entries == "all-linear" or any(re.fullmatch(entries, name) for name in names)
+        except re.error as error:
+            raise ValueError(f"lora.{setting} {entries!r} is no regular expression: {error}") from None
+        if not found:
+            raise ValueError(
+                f"lora.{setting} {entries!r} is the whole name of no module, as a pattern must be: give a list of last "
+                f"parts of names{nearest(entries, leaves)}"
+            )
+        return
+    if setting == "target_modules" and not entries:
+        raise ValueError("lora.target_modules is an empty list: name at least one module")
+    for entry in entries:
+        if not any(name == entry or name.endswith(f".{entry}") for name in names):
+            raise ValueError(f"lora.{setting}: the model has no module {entry!r}{nearest(entry, leaves)}")
 
 
 def _check_adapter(recipe: Recipe, adapter: Adapter) -> None:

@@ -12,6 +12,7 @@ from recipe_files import values, write
 from sweeps import adapter
 from test_oracles import candidates
 
+from vkvtrain.generation import Completion
 from vkvtrain.policies import POLICIES
 from vkvtrain.tiny import MODEL_PATH
 from vkvtrain.training.data import load_data, step_batches
@@ -24,16 +25,12 @@ from vkvtrain.training.settings import DataSettings, Recipe
 DISTILL = {"training.objective": "distill"}
 JSD = {**DISTILL, "training.divergence": "jsd"}
 ON_POLICY = {"training.objective": "on_policy", "training.rollout_tokens": 20}
-PACKED = {"data.packing": True}
 
 CHANGES: dict[str, tuple[object, dict]] = {
     "model.dtype": ("bfloat16", {}),
     "data.rows": (5, {}),
     "data.held_out": (1, {}),
-    "data.max_length": (134, {}),
     "data.group_by_length": (True, {}),
-    "data.packing": (True, {}),
-    "data.packing_length": (300, PACKED),
     "lora.r": (2, {}),
     "lora.alpha": (5, {}),
     "lora.rslora": (True, {}),
@@ -60,7 +57,7 @@ CHANGES: dict[str, tuple[object, dict]] = {
     "training.ce_weight": (0.1, DISTILL),
     "training.entropy_weight": (1.0, DISTILL),
     "training.rollout_tokens": (12, ON_POLICY),
-    "training.rollout_temperature": (0.0, ON_POLICY),
+    "training.rollout_temperature": (9.0, ON_POLICY),
     "training.dense_fraction": (0.5, {}),
     "training.steps": (2, {}),
     "training.global_batch": (1, {}),
@@ -72,7 +69,6 @@ CHANGES: dict[str, tuple[object, dict]] = {
     "optim.max_grad_norm": (1e-3, {}),
     "log.evaluate_every": (1, {}),
     "log.generate_every": (1, {}),
-    "log.generate_samples": (1, {"log.generate_every": 1}),
     "seed": (1, {}),
 }  # fmt: skip
 
@@ -93,6 +89,7 @@ ROWS: dict[str, tuple[list[dict], dict, object]] = {
     "data.instruction": ([PROBLEM], {}, "Think."),
     "data.template_kwargs": ([PROBLEM], {"response": "rendered"}, {"enable_thinking": False}),
     "data.response": ([THOUGHT], {"response": "written"}, "rendered"),
+    "data.max_length": ([PLAIN, {**PLAIN, "completion": "bcdef"}], {}, 4),
     "data.seed": ([{**PROBLEM, "generations": list("abcdef"), "correctness_math_verify": [True] * 6}] * 4,
                   {"choose": "random_correct"}, 5),
 }  # fmt: skip
@@ -101,7 +98,7 @@ ROWS: dict[str, tuple[list[dict], dict, object]] = {
 ELSEWHERE = (
     "model.name", "model.revision", "model.quantization", "model.gradient_checkpointing", "data.source", "data.config",
     "data.split", "data.revision", "lora.continue_from", "training.batch_per_device", "checkpoint.every",
-    "checkpoint.keep", "log.tracker", "output",
+    "checkpoint.keep", "log.tracker", "output", "data.packing", "data.packing_length", "log.generate_samples",
 )  # fmt: skip
 """Settings with a test of their own below."""
 
@@ -156,11 +153,15 @@ def test_a_setting_changes_the_run(tmp_path, before, name):
 @pytest.mark.parametrize("name", ROWS)
 def test_a_setting_changes_the_rows(tmp_path, name):
     records, given, value = ROWS[name]
+    tokenizer = chat_tokenizer("qwen3" if "response" in given else "phi4")
     source = write(tmp_path / "rows.jsonl", "".join(json.dumps(record) + "\n" for record in records))
 
     def rows(**changes):
         settings = DataSettings(**{"source": str(source), "held_out": 0, **given, **changes})
-        return [(row.input_ids, row.prompt_length) for row in load_data(settings, chat_tokenizer("qwen3")).train]
+        return [
+            (row.input_ids, row.prompt_length)
+            for row in load_data(settings, chat_tokenizer("qwen3" if "response" in given else "phi4")).train
+        ]
 
     assert rows() == rows()
     assert rows(**{name.partition(".")[2]: value}) != rows()
@@ -204,6 +205,30 @@ def test_the_device_batch_divides_the_step(tmp_path):
         batches = step_batches(made.model_copy(update={"training": training}), rows, 0, 0, 1, 0, torch.device("cpu"))
         counts.append(len(batches))
     assert counts == [2, 1]
+
+
+def test_packing_packs_as_long_as_asked(tmp_path):
+    made = recipe(tmp_path, **SMALL)
+    rows = load_data(made.data, load_tokenizer(made)).train
+    widths = []
+    for settings in ({}, {"packing": True, "packing_length": 400}, {"packing": True, "packing_length": 172}):
+        data = DataSettings(**{**made.data.model_dump(exclude_unset=True), **settings})
+        batches = step_batches(made.model_copy(update={"data": data}), rows, 0, 0, 1, 0, torch.device("cpu"))
+        widths.append([tuple(batch.input_ids.shape) for batch in batches])
+    assert widths == [[(2, 172)], [(1, 344)], [(2, 172)]]
+
+
+def test_as_many_prompts_are_answered_as_asked(tmp_path, monkeypatch):
+    answered = []
+
+    def generate(model, config, requests, **settings):
+        answered.append(len(requests))
+        return [Completion([0], True, [0.0], 0, 1) for _ in requests]
+
+    for count in (1, 2):
+        monkeypatch.setattr("vkvtrain.training.generated.generate", generate)
+        outcome(tmp_path, f"run{count}", {"log.generate_every": 3, "log.generate_samples": count})
+    assert answered == [1, 2]
 
 
 def test_checkpoints_and_trackers_are_written_as_asked(tmp_path):
@@ -282,7 +307,7 @@ def test_a_setting_with_an_effect_under_one_of_several_policies_is_taken(tmp_pat
         ({"target_modules": "((("}, "is no regular expression"),
         ({"target_modules": r".*layers\.9\..*"}, "is the whole name of no module"),
         ({"target_modules": ["q_proj", "lm_head"], "modules_to_save": ["lm_head"]}, "'lm_head' is without effect"),
-        ({"modules_to_save": ["layers"]}, "cannot be applied"),
+        ({"modules_to_save": ["layers"]}, r"modules_to_save \['layers'\]"),
         ({"modules_to_save": ["lm_haed"]}, r"lora.modules_to_save: the model has no module 'lm_haed' \(did.*lm_head"),
         ({"modules_to_save": ["norm", "nothing"]}, "no module 'nothing'"),
         ({"r": 129}, r"lora.r \(129\) is more than the rank of any weight"),

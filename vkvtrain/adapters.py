@@ -120,7 +120,7 @@ def check_fits(adapter: Adapter, base: Any, where: str, trust_remote_code: bool 
     config.inference_mode, config.base_model_name_or_path = False, None
     try:
         wanted = expected_shapes(skeleton(base, trust_remote_code), config)
-    except ValueError as error:
+    except (TypeError, ValueError) as error:  # peft checks few of the types in a configuration
         raise ValueError(f"{named}: {' '.join(str(error).split())}") from None
     for name, shape in wanted.items():
         if name not in adapter.shapes:

@@ -132,7 +132,7 @@ def run(arguments: Arguments) -> None:
     """
     if arguments.max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens must be at least 1, got {arguments.max_new_tokens}")
-    if arguments.temperature < 0:
+    if not 0 <= arguments.temperature < float("inf"):
         raise ValueError(f"--temperature must be 0 (greedy) or more, got {arguments.temperature}")
     if not 0 < arguments.top_p <= 1:
         raise ValueError(f"--top-p must be above 0 and at most 1, got {arguments.top_p}")

@@ -13,6 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
@@ -20,7 +21,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, Repo
 from vkvtrain.ablation.grid import BASE, DENSE, Cell, ModelEntry, Sweep, without_repeats
 from vkvtrain.ablation.tasks import TaskInfo, find_tasks
 from vkvtrain.adapters import check_fits, read_adapter, tensor_shapes
-from vkvtrain.config import CONFIG_NAME, EvictionConfig
+from vkvtrain.config import CONFIG_NAME, EvictionConfig, nearest
 from vkvtrain.identity import ADAPTER, adapter_hash, commit_of, decisive_files, model_identity, stamp_of
 from vkvtrain.loading import load_tokenizer, read_config
 from vkvtrain.support import layer_kinds
@@ -112,6 +113,7 @@ def make_plan(sweep: Sweep) -> Plan:
     Raises:
         ValueError: one sentence about a model, adapter or task that cannot be used.
     """
+    check_arguments(sweep)
     tasks = find_tasks(sweep)
     cells = without_repeats(list(sweep.cells()), {name: task.sampled for name, task in tasks.items()})
     models = resolve_models(sweep, {cell.model for cell in cells})
@@ -122,6 +124,19 @@ def make_plan(sweep: Sweep) -> Plan:
         limit = sweep.limit_of(cell.task)
         planned.append(PlannedCell(identity(sweep, cell, model, task, limit), cell, model, task, limit))
     return Plan(sweep, planned)
+
+
+def check_arguments(sweep: Sweep) -> None:
+    """Raise ValueError for a device or dtype that is none, which every cell would fail at."""
+    try:
+        torch.device(sweep.device or "cpu")
+    except RuntimeError as error:
+        raise ValueError(f"device {sweep.device!r} is none: {str(error).splitlines()[0]}") from None
+    dtype = sweep.model_args.get("dtype", "auto")
+    if dtype != "auto" and not isinstance(getattr(torch, str(dtype), None), torch.dtype):
+        raise ValueError(
+            f"model_args: dtype {dtype!r} is none{nearest(str(dtype), ['float32', 'bfloat16', 'float16'])}"
+        )
 
 
 def identity(sweep: Sweep, cell: Cell, model: Model, task: TaskInfo, limit: int | None) -> str:

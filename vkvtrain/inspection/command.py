@@ -121,6 +121,10 @@ def tokens_of(arguments: Arguments, tokenizer: Any, prompt: str, rest: str) -> t
         print(f"the text has {len(ids)} tokens; only the first {arguments.max_tokens} (--max-tokens) are looked at")
         ids = ids[: arguments.max_tokens]
     length = len(first) or 1
+    if arguments.prompt_tokens is None and length >= len(ids):
+        raise ValueError(
+            f"--max-tokens {arguments.max_tokens} leaves nothing after the {length} tokens of the prompt: raise it"
+        )
     if arguments.prompt_tokens is not None:
         length = arguments.prompt_tokens
         if not 1 <= length <= len(ids):

@@ -186,7 +186,10 @@ def _write_code(run: Run, directory: Path) -> None:
 
 def _versions(run: Run) -> Mapping[str, str]:
     path = run.directory / "environment.json"
-    found = json.loads(path.read_bytes()) if path.is_file() else {}
+    try:
+        found = json.loads(path.read_bytes()) if path.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r} is not valid JSON ({error}): restore it, or remove it") from None
     return {name: str(found[name]) for name in _LIBRARIES if name in found}
 
 

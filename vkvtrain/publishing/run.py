@@ -83,6 +83,9 @@ def read_run(directory: Path, base_name: str | None, licence: str | None, merge:
         eviction = EvictionConfig.from_pretrained(directory)
     except OSError as error:
         raise ValueError(str(error)) from None
+    model = recipe.get("model")
+    if not isinstance(model, dict) or not isinstance(model.get("name"), str):
+        raise ValueError(f"{str(directory / 'recipe.yaml')!r} names no model (model.name): is it a run's own recipe?")
     return Run(directory, recipe, eviction, _base(directory, recipe, base_name, licence, merge))
 
 

@@ -144,10 +144,11 @@ def load_weights(name: str, where: str, *, revision: str | None = None, **argume
             transformers would fill with random numbers.
     """
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             name, config=load_config(name, revision), revision=revision or "main", attn_implementation=ATTENTION,
             use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True, **arguments,
         )  # fmt: skip
+        model, info = loaded
     except (OSError, ValueError, SafetensorError, StrictDataclassError) as error:
         raise ValueError(f"{where} {name!r} cannot be loaded: {' '.join(str(error).split())}") from None
     wrong = sorted(info["missing_keys"]) + sorted(str(key[0]) for key in info["mismatched_keys"])

@@ -150,13 +150,18 @@ def merged(adapted: Any) -> Any:
     """
     base = adapted.get_base_model()
     ends = base.get_input_embeddings(), base.get_output_embeddings()
-    first, last = (one.get_base_layer() if isinstance(one, BaseTunerLayer) else one for one in ends)
+    first, last = (_module_below(one) for one in ends)
     if last.weight is first.weight and any(isinstance(one, BaseTunerLayer) for one in ends):
         last.weight = nn.Parameter(last.weight.detach().clone(), requires_grad=False)
     whole = adapted.merge_and_unload(safe_merge=True)
     if whole.get_output_embeddings().weight is not whole.get_input_embeddings().weight:
         whole.config.tie_word_embeddings = False
     return whole
+
+
+def _module_below(module: Any) -> Any:
+    """The layer of the base model that an adapter's layer wraps, or the module itself."""
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
 def _write_adapter(run: Run, directory: Path) -> None:

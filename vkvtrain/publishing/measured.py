@@ -121,7 +121,7 @@ class Evaluation:
         for row in self.own:
             if row.cache == "evicted":
                 full = row.model_copy(update={"cache": "full", "policy": "full", "budget": None})
-                wanted += [("base", full), ("base", row), ("dense", row)]
+                wanted.extend([("base", full), ("base", row), ("dense", row)])
         missing = [
             f"{_CONTROL_NAMES[control]} {'with the full cache' if row.cache == 'full' else row.setting}"
             for control, row in wanted

@@ -45,6 +45,8 @@ CHANGES: dict[str, tuple[object, dict]] = {
     "eviction.sinks": (1, {}),
     "eviction.protected_fraction": (0.6, {}),
     "eviction.smooth": (False, {}),
+    "eviction.measure": ("l2", {}),
+    "eviction.retention": ("top_k", {}),
     "eviction.policy_args": ({"lam": 0.9}, {"eviction.policy": "rkv"}),
     "eviction.protect_prompt": (True, {}),
     "eviction.skip_layers": ([0], {}),

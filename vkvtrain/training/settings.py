@@ -306,8 +306,7 @@ class Recipe(Settings):
         names = ", ".join(dict.fromkeys(config.policy for config in configs))
         if configs and not configs[0].smooth and not any(policy.smooths for policy in policies):
             raise ValueError(f"smooth (False) is without effect, as {names} reads no window attention: leave it out")
-        draws = any(policy.samples or policy.needs_noise for policy in policies)
-        if configs and configs[0].seed and not draws:
+        if configs and configs[0].seed and not any(config.draws for config in configs):
             raise ValueError(f"seed ({configs[0].seed}) is without effect, as {names} draws nothing: leave it out")
 
     def policies(self) -> list[Any]:

@@ -217,6 +217,20 @@ RIGHT = {
 }
 """Answers that are a gold, by gold."""
 
+RIGHT |= {
+    r"\frac{1}{3}": [r"0.\overline{3}", r".\bar{3}", r"33.3333333\%"],
+    r"-\frac{1}{6}": [r"-0.1\overline{6}"],
+    r"\text{Tuesday}": ["tuesday", r"\text{Tuesday.}"],
+    "2500000": ["2.5 million"],
+    "-\\frac{3}{2}": ["-1 1/2", "-1.5", r"-1\frac12"],
+    "3,-3": [r"\pm 3", r"x=\pm 3"],
+    "x^2+y^2=4": ["y^2+x^2=4", "x^2+y^2-4=0", "2x^2+2y^2=8"],
+    "x=1,y=2": ["x=1, y=2", "y = 2, x = 1"],
+    "[1,2)": [r"1 \le x < 2"],
+    r"(-\infty,0)\cup(0,\infty)": [r"x \ne 0"],
+    "-1": ["−1", "(-1)"],
+    "17": [r"\color{red}{17}", r"\large 17", r"m+n = 17", "17 sq. ft.", r"17 \; \text{m/s}^2", "17¢"],
+}
 WRONG = {
     "41": [
         r"\$41.50",
@@ -335,6 +349,27 @@ WRONG = {
 }
 """Answers that are not."""
 
+WRONG |= {
+    "17": [
+        "> 17",
+        "< 17",
+        r"\geq 17",
+        "≠17",
+        r"17\ldots",
+        "17…",
+        "17 hours and 5 minutes",
+        r"17\pm 1",
+        "17 - 20",
+        r"17 \text{ if } x>0",
+    ],
+    "yes": ["yes and no", "no"],
+    r"\pm 3": ["3", "-3"],
+    "x=1,y=2": ["x=2, y=1"],
+    r"\begin{pmatrix}1\\2\end{pmatrix}": [r"\begin{pmatrix}2\\1\end{pmatrix}", r"\begin{pmatrix}1&2\end{pmatrix}"],
+    r"0.\overline{3}": ["0.3", "3"],
+    "1.5": ["1.5 million"],
+    "[1,2)": ["x=1, y=2", "1, 2", "(1,2)", "1 < x < 2"],
+}
 LETTERS = [
     "C",
     "(C)",
@@ -434,7 +469,8 @@ def test_golds_differ_from_one_another():
         ("0.15", r"\frac{3}{20}"), ("0.15", r"15\%"), ("15", r"15\%"), (r"\frac{1}{2}", "1/2"), ("p - q", "p-q"),
         (r"1\frac{4}{5}", "1.8"), (r"\frac13", "0.333333"), ("x > 5", r"(5,\infty)"), (r"\frac{3}{20}", r"15\%"),
         ("6-5i", "6 - 5i"), (r"x \in [-2,7]", "[-2,7]"), (r"\text{even}", "even"),
-            ("5", "x=5"), (r"15\%", r"15\mbox{ cm}^2"), ("15", r"15\mbox{ cm}^2"),
+            ("5", "x=5"), (r"\frac13", r"\frac{1}{3}"), ("0.333333", r"\frac{1}{3}"),
+            (r"15\%", r"15\mbox{ cm}^2"), ("15", r"15\mbox{ cm}^2"),
     }  # fmt: skip
     assert {frozenset(pair) for pair in equal} <= {frozenset(pair) for pair in expected}
 

@@ -20,7 +20,7 @@ _CHARACTERS = {
     "−": "-", "–": "-", "—": "-", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "÷": "/", "π": r"\pi ",
     "θ": r"\theta ", "∞": r"\infty ", "√": r"\sqrt ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "≈": r"\approx ",
     "∈": r"\in ", "∪": r"\cup ", "±": r"\pm ", "°": r"^\circ ", "²": "^2", "³": "^3", "％": "%", "’": "'",
-    "½": r"\frac{1}{2}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}", "∅": r"\emptyset ",
+    "½": r"\frac{1}{2}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}", "∅": r"\emptyset ", "…": r"\ldots ",
 }  # fmt: skip
 _SPACES = "\u00a0\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u202f\u3000\n\t\r"
 _PRIVATE = str.maketrans("", "", "\ue000\ue001\ue002\ue003\u200b\ufeff")
@@ -30,7 +30,8 @@ _REWRITTEN = tuple(
     for pattern, written in (
         (r"\\(?:left|right|m?left|m?right|[bB]igg?[lrm]?)(?![a-zA-Z])\s*\.?", ""),
         (r",\s*\\!\s*", ","),
-        (r"\\!|\\(?:displaystyle|textstyle|limits|nolimits)(?![a-zA-Z])", ""),
+        (r"\\!|\\(?:displaystyle|textstyle|limits|nolimits|large|Large|huge)(?![a-zA-Z])", ""),
+        (r"\\(?:text)?color\s*\{[^{}]*\}", ""),
         (r"(?<!\\)\\[,;:> ]|~|\\(?:quad|qquad|thinspace|enspace|medspace)(?![a-zA-Z])|\\hspace\*?\{[^{}]*\}", " "),
         (r"(?<!\\)\\[()]|(?<!\\)\\\[(?!.*\\cr)|(?<!\\)\\\]", " "),
         (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),

@@ -4,6 +4,7 @@ Nothing is simplified, and no number beyond `BITS` is computed, so that a text c
 """
 
 import math
+from collections.abc import Iterator
 from fractions import Fraction
 from typing import Any
 
@@ -71,12 +72,9 @@ def _equal_numbers(gold: Any, answer: Any, gold_is_decimal: bool, answer_is_deci
 
 
 def _equal_at_points(gold: Any, answer: Any) -> bool:
-    symbols = sorted(gold.free_symbols | answer.free_symbols, key=str)
     compared = 0
-    for number, point in enumerate(_POINTS):
-        place = {one: point * (1 + sympy.Rational(index, 7 + number)) for index, one in enumerate(symbols)}
-        values = _digits(gold, place), _digits(answer, place)
-        if any(one is None for one in values) or values[0].is_real != values[1].is_real:
+    for values in _at_points(gold, answer):
+        if values[0].is_real != values[1].is_real:
             continue  # outside of the domain of one
         if not _near(*values):
             return False
@@ -85,15 +83,19 @@ def _equal_at_points(gold: Any, answer: Any) -> bool:
 
 
 def ratio_at_points(gold: Any, answer: Any) -> Any:
-    """The constant that one expression is of another; None if the quotient is not constant, or zero."""
+    """The constant that the quotient of two expressions is; None if it is not constant."""
+    ratios = [other / one for one, other in _at_points(gold, answer) if one != 0 and other != 0]
+    return ratios[0] if len(ratios) > 1 and all(_near(ratios[0], ratio) for ratio in ratios[1:]) else None
+
+
+def _at_points(gold: Any, answer: Any) -> Iterator[tuple[Any, Any]]:
+    """The values of two expressions where both have one; no two variables have the same value."""
     symbols = sorted(gold.free_symbols | answer.free_symbols, key=str)
-    ratios = []
     for number, point in enumerate(_POINTS):
         place = {one: point * (1 + sympy.Rational(index, 7 + number)) for index, one in enumerate(symbols)}
         values = _digits(gold, place), _digits(answer, place)
-        if not any(one is None or one == 0 for one in values):
-            ratios.append(values[1] / values[0])
-    return ratios[0] if len(ratios) > 1 and all(_near(ratios[0], ratio) for ratio in ratios[1:]) else None
+        if values[0] is not None and values[1] is not None:
+            yield values
 
 
 def _digits(expression: Any, place: dict[Any, Any] | None = None) -> Any:

@@ -11,6 +11,7 @@ from vkvtrain.evaluation.answers import MULTIPLES, WORDS
 
 _NUMBER = re.compile(r"([+-]?)\s*((?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?|\.\d+)")
 _SCIENTIFIC = re.compile(_NUMBER.pattern + r"\s*(?:\\times|\\cdot|\*)\s*10\s*\^\s*(?:\{\s*([+-]?\d+)\s*\}|(\d+))")
+_REPEATING = re.compile(r"([+-]?)(\d*)\.(\d*)\\(?:overline|bar)\s*\{?\s*(\d+)\s*\}?")
 _MIXED = re.compile(
     r"(-?)\s*(\d+)\s*(?:\\frac\s*\{\s*(\d+)\s*\}\s*\{\s*(\d+)\s*\}|\\frac\s*(\d)\s*(\d)|\s(\d+)\s*/\s*(\d+))"
 )
@@ -98,6 +99,10 @@ def written_number(text: str) -> Fraction | None:
         above, below = (int(part) for part in parts)
         value = Fraction(int(whole)) + Fraction(above, below) if below else None
         return -value if value is not None and mixed[1] else value
+    if (repeating := _REPEATING.fullmatch(text)) is not None:
+        sign, whole, once, digits = repeating.groups()
+        value = Fraction(f"{whole or 0}.{once or 0}") + Fraction(int(digits), (10 ** len(digits) - 1) * 10 ** len(once))
+        return -value if sign == "-" else value
     scientific = _SCIENTIFIC.fullmatch(text)
     number = scientific or _NUMBER.fullmatch(text)
     if number is None:

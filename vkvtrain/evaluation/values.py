@@ -36,7 +36,7 @@ _TIMES = tuple(  # math-verify reads an integer before a fraction as a mixed num
         r"(\\frac\s*\{[^{}]*\}\s*\{[^{}]*\})\s*(?=\(|\\frac|\\binom)",
     )
 )
-_ADJACENT = re.compile(r"(?<![\\A-Za-z_^{\d])\d+\s+\d|\d\s*_")
+_UNREADABLE = re.compile(r"\\[lc]?dots|(?<![\\A-Za-z_^{\d])\d+\s+\d|\d\s*_")
 
 
 @dataclass(frozen=True)
@@ -147,13 +147,7 @@ def _list(text: str) -> Value | None:
     if _PLAIN_WORDS.fullmatch(text) and "=" not in text:
         return Words(without_words(text))
     parts, between = split(text, frozenset((AND, OR, ";")))
-    if not between and is_thousands(text):
-        return None
-    if {AND, OR, ";"} & set(between) or not between:
-        pieces = [piece for part in parts for piece in _by_commas(part)]
-    else:
-        pieces = parts
-    pieces = [piece for piece in pieces if piece]
+    pieces = [piece for part in parts for piece in _by_commas(part) if piece]
     if len(pieces) < 2:
         return None if not between else _value(pieces[0]) if pieces else Words("")
     joint = OR if OR in between else AND if AND in between else ","
@@ -161,13 +155,7 @@ def _list(text: str) -> Value | None:
 
 
 def _by_commas(text: str) -> list[str]:
-    """Parts between commas, of which those between three digits and no space belong to a number."""
-    if is_thousands(text):
-        return [text]
-    pieces: list[str] = []
-    for piece in split(text, frozenset((",",)))[0]:
-        pieces.append(piece)
-    return pieces
+    return [text] if is_thousands(text) else split(text, frozenset((",",)))[0]
 
 
 def _spread(parts: list[str]) -> tuple[Value, ...]:
@@ -183,10 +171,12 @@ def _relation(text: str) -> Value | None:
     sides, operators = split(text, _RELATIONS)
     if not operators:
         return None
-    if not sides[0]:  # `= 41`, `\approx 3.14`
-        return _value("".join(sides[1:])) if len(operators) == 1 else None
+    if not sides[0] and operators[0] in (EQUAL, ABOUT):  # `= 41`
+        sides, operators = sides[1:], operators[1:]
     if not all(sides):
-        return None
+        return Words(without_words(text))
+    if not operators:
+        return _value(sides[0])
     return Relation(tuple(_value(side) for side in sides), tuple(operators))
 
 
@@ -246,7 +236,7 @@ def _scalar(text: str) -> Value:
     if read.number is not None:
         number = sympy.Rational(read.number.numerator, read.number.denominator)
         return Scalar(number, read.is_percent, read.is_decimal, without_words(text))
-    expression = None if WORDS[0] in read.text or _ADJACENT.search(read.text) else parsed(read.text)
+    expression = None if WORDS[0] in read.text or _UNREADABLE.search(read.text) else parsed(read.text)
     if expression is None:
         return Words(without_words(text).replace(" ", ""))
     return Scalar(expression, read.is_percent, read.is_decimal, without_words(text))

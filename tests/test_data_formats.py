@@ -181,10 +181,9 @@ def test_tools_are_not_dropped(values):
     ("values", "settings", "names"),
     [
         ({"messages": [USER, ANSWER]}, {"instruction": "Think."}, ["instruction"]),
-        ({"messages": [USER, ANSWER]}, {"choose": "all_correct", "seed": 3}, ["choose", "seed"]),
+        ({"messages": [USER, ANSWER]}, {"choose": "all_correct"}, ["choose"]),
         (TEXT, {"system": "s", "turns": "each", "response": "rendered"}, ["turns", "system", "response"]),
         (TEXT, {"template_kwargs": {"enable_thinking": False}}, ["template_kwargs"]),
-        (TEXT, {"config": "main", "split": "test", "revision": "v1"}, ["config", "revision", "split"]),
         ({"messages": [USER, ANSWER]}, {"system": "s", "turns": "each", "response": "rendered"}, []),
         (OPEN_R1, {"instruction": "i", "choose": "random_correct", "seed": 3, "response": "written"}, []),
         (TEXT, {"response": "written"}, []),

@@ -1,6 +1,7 @@
 """A base model that learns to end its turns stops there wherever it is loaded; and rows must fit their model."""
 
 import json
+import runpy
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -37,7 +38,7 @@ def write_base(folder, **config):
     settings = {"vocab_size": len(tokenizer) + 8, "max_position_embeddings": 96, "eos_token_id": tokenizer.eos_token_id}
     model = LlamaForCausalLM(LlamaConfig(**{**shape, **settings, **config}, num_key_value_heads=1, bos_token_id=None))
     with torch.no_grad():
-        model.lm_head.weight.zero_()
+        model.lm_head.weight.mul_(1e-3)  # every token is about as likely
     model.save_pretrained(folder)
     return tokenizer
 
@@ -86,6 +87,12 @@ def test_publications_stop_there_too(finished, capsys):
         command = ["publish", str(root / "run"), "--to", str(root / name), "--base-name", "acme/base", *arguments]
         assert main([*command, "--license", "mit", "--not-evaluated"]) == 0, capsys.readouterr().err
         assert ends.saved_ends(str(root / name)) == [eos, end]
+        code = runpy.run_path(str(root / name / "custom_generate/generate.py"))
+        seen = SimpleNamespace(generate=lambda model, **arguments: arguments)
+        code["generate"].__globals__["_MIXIN"] = seen  # an adapter's base model has its own generation configuration
+        model = LlamaForCausalLM.from_pretrained(root / "base")
+        assert code["generate"](torch.tensor([[1]]), model=model)["eos_token_id"] == [eos, end]
+        assert code["generate"](torch.tensor([[1]]), model=model, eos_token_id=3)["eos_token_id"] == 3
 
 
 @pytest.mark.parametrize("template", [True, False])

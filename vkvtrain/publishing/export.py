@@ -26,7 +26,7 @@ from vkvtrain.training.run_directory import GENERATION
 
 _CODE = Path(__file__).parent / "custom_generate"
 _LIBRARIES = ("python", "vkvtrain", "torch", "transformers", "peft", "accelerate")
-_SETTING = re.compile(r"^EVICTION: dict\[str, Any\] = .*$", re.MULTILINE)
+_SETTINGS = re.compile(r"^EVICTION: dict\[str, Any\] = .*\nEND_TOKENS: list\[int\] = .*$", re.MULTILINE)
 
 
 def export(run: Run, evaluation: Evaluation | None, directory: Path, name: str, *, merge: bool, overwrite: bool) -> str:
@@ -180,12 +180,15 @@ def _write_adapter(run: Run, directory: Path) -> None:
 
 
 def _write_code(run: Run, directory: Path) -> None:
-    """`custom_generate/`, its code with the run's eviction setting in the place of the default."""
+    """`custom_generate/`, its code with the run's eviction setting and end tokens in the place of the defaults."""
     shutil.copytree(_CODE, directory, ignore=shutil.ignore_patterns("__pycache__"))
     path = directory / "generate.py"
-    setting = f"EVICTION: dict[str, Any] = {run.eviction.model_dump(mode='python')!r}"
-    text, replaced = _SETTING.subn(lambda _: setting, path.read_text())
-    assert replaced == 1, "generate.py has lost its setting"
+    settings = (
+        f"EVICTION: dict[str, Any] = {run.eviction.model_dump(mode='python')!r}\n"
+        f"END_TOKENS: list[int] = {saved_ends(str(directory.parent))}"
+    )
+    text, replaced = _SETTINGS.subn(lambda _: settings, path.read_text())
+    assert replaced == 1, "generate.py has lost its settings"
     path.write_text(text)
 
 

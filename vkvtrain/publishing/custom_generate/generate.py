@@ -16,6 +16,8 @@ from vkvtrain.versions import cache_argument, take_cache
 _MIXIN: Any = GenerationMixin  # `model.generate` may be this very function
 
 EVICTION: dict[str, Any] = {"policy": "full"}
+END_TOKENS: list[int] = []
+"""Where training taught the model to stop; an adapter is loaded with the generation configuration of its base model."""
 
 
 def generate(
@@ -40,6 +42,8 @@ def generate(
     cache = take_cache(arguments)
     if input_ids is not None:
         arguments["input_ids"] = input_ids
+    if END_TOKENS and "generation_config" not in arguments:
+        arguments.setdefault("eos_token_id", END_TOKENS)
     before = model.config._attn_implementation
     model.set_attn_implementation("vkvtrain")
     try:

@@ -10,7 +10,7 @@ from tqdm import tqdm
 from vkvtrain.clock import fixed_date
 from vkvtrain.training.data.formats import detect, examples_of
 from vkvtrain.training.data.rows import Example, Record, Row, TrainingData
-from vkvtrain.training.data.sources import is_file, read_records
+from vkvtrain.training.data.sources import read_records
 from vkvtrain.training.data.templates import tokenise
 from vkvtrain.training.settings import DataSettings
 
@@ -89,7 +89,7 @@ def load_data(settings: DataSettings, tokenizer: Any, progress: bool = False, en
 
 
 def without_effect(settings: DataSettings, form: str | None, conversations: int) -> Iterator[str]:
-    """A sentence for each setting that changes nothing in these data.
+    """A sentence for each setting that changes nothing in these data; what the recipe alone tells is refused there.
 
     Args:
         settings: of the data.
@@ -104,16 +104,8 @@ def without_effect(settings: DataSettings, form: str | None, conversations: int)
         )
     if settings.choose != "first_correct" and not problems:
         yield f"data.choose ({settings.choose}) has no effect: {form!r} rows have one response each: leave it out"
-    if settings.seed and settings.choose != "random_correct":
-        yield f"data.seed ({settings.seed}) has no effect unless data.choose is random_correct: leave it out"
     if settings.turns == "each" and form not in ("messages", "conversations"):
         yield f"data.turns (each) has no effect: {form!r} rows have one response each: leave it out"
-    if is_file(settings.source):
-        for name in ("config", "revision"):
-            if getattr(settings, name) is not None:
-                yield f"data.{name} ({getattr(settings, name)}) has no effect: data.source is a file: set it to null"
-        if settings.split != "train":
-            yield f"data.split ({settings.split}) has no effect: data.source is a file: leave it out"
     if not conversations:
         for name, plain in (("system", None), ("template_kwargs", {})):
             if getattr(settings, name) != plain:

@@ -48,7 +48,7 @@ def _time_limit(seconds: float) -> Iterator[None]:
         raise _TimeIsUp
 
     began, handler = time.monotonic(), signal.signal(signal.SIGALRM, stop)
-    remaining, _ = signal.setitimer(signal.ITIMER_REAL, seconds)
+    remaining, _ = signal.setitimer(signal.ITIMER_REAL, seconds, 0.5)  # again: what a finaliser raises is lost
     try:
         yield
     finally:

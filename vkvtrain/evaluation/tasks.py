@@ -32,8 +32,8 @@ MEASURED = (
 """What a task reports of a response beside its grade, from the response's record."""
 
 Problem = dict[str, Any]
-Grades = tuple[str | None, dict[str, bool]]
-"""The answer found in a response, and its grades by metric."""
+Grades = tuple[str | None, dict[str, float]]
+"""The answer found in a response, and its grades by metric, each from 0 to 1."""
 _TASK: Any = ConfigurableTask
 
 

@@ -24,9 +24,9 @@ PROMPT = (
     "How much has Ann?\n"
 )
 TRUTH = """\
-Kim gives 2 to Ann: Kim 31, Ann 29.
-Ann gives 4 to Tom: Ann 25, Tom 55.
-Kim gives 1 to Tom: Kim 30, Tom 56.
+Kim 33-2=31, Ann 27+2=29.
+Ann 29-4=25, Tom 51+4=55.
+Kim 31-1=30, Tom 55+1=56.
 Answer: 25"""
 
 
@@ -50,11 +50,11 @@ def test_a_problem_is_solved_by_its_own_response(split, index, dial):
     *lines, answer = problem.response.split("\n")
     touched = {}
     for number, (line, (giver, amount, receiver)) in enumerate(zip(lines, events, strict=True)):
+        before = dict(balance)
         balance[giver] -= int(amount)
         balance[receiver] += int(amount)
-        assert (
-            line == f"{giver} gives {amount} to {receiver}: {giver} {balance[giver]}, {receiver} {balance[receiver]}."
-        )
+        given = f"{giver} {before[giver]}-{amount}={balance[giver]}"
+        assert line == f"{given}, {receiver} {before[receiver]}+{amount}={balance[receiver]}."
         assert all(10 <= value <= 99 for value in balance.values())
         touched[giver] = touched[receiver] = number
     (asked,) = re.findall(r"How much has (\w+)\?\n$", problem.prompt)
@@ -71,7 +71,7 @@ def test_a_problem_is_solved_by_its_own_response(split, index, dial):
 def test_the_age_of_a_line_is_that_of_the_older_balance_it_needs(index, dial):
     problem = ledger.problem("train", index, dial)
     grade = ledger.grade(problem.prompt, problem.response, problem.response)
-    pairs = [re.match(r"(\w+) gives \d to (\w+):", line).groups() for line in problem.response.split("\n")[:-1]]
+    pairs = [re.match(r"(\w+) \d+-\d=\d+, (\w+) ", line).groups() for line in problem.response.split("\n")[:-1]]
     for number, (line, pair) in enumerate(zip(grade.lines, pairs, strict=True)):
         needed = [max((i for i in range(number) if name in pairs[i]), default=-1) for name in pair]
         assert line.age == number - min(needed)
@@ -161,12 +161,13 @@ def test_grades_of_lines():
     assert lines(first) == [right, wrong, wrong]
     assert lines("\n".join([first, third, second, answer])) == [right, wrong, wrong]  # not the next event
     # Ann is 19 instead of 29: wrong in its own line, and the next one follows from what was stated
-    slip = first.replace("Ann 29", "Ann 19")
-    assert lines("\n".join([slip, "Ann gives 4 to Tom: Ann 15, Tom 55.", third, "Answer: 15"])) == [wrong, own, right]
+    slip = first.replace("=29", "=19")
+    assert lines("\n".join([slip, "Ann 19-4=15, Tom 51+4=55.", third, "Answer: 15"])) == [wrong, own, right]
     assert lines("\n".join([slip, second, third, answer])) == [wrong, (True, False), right]
-    # a line without balances states none: the last ones still hold
-    assert lines("\n".join(["Kim gives 2 to Ann.", "Ann gives 4 to Tom: Ann 23, Tom 55."])) == [wrong, own, wrong]
-    assert lines("\n".join([first, "Ann gives 5 to Tom: Ann 24, Tom 56."])) == [right, wrong, wrong]  # another amount
+    # a line that is none leaves no balance: the last ones still hold
+    assert lines("Kim gives 2 to Ann.\nAnn 27-4=23, Tom 51+4=55.") == [wrong, own, wrong]
+    assert lines(f"{first}\nAnn 29-5=24, Tom 51+5=56.") == [right, wrong, wrong]  # another amount
+    assert lines(f"{first}\nAnn 28-4=25, Tom 51+4=55.") == [right, wrong, wrong]  # another balance, the right result
 
 
 @pytest.mark.parametrize(
@@ -181,7 +182,7 @@ def test_grades_of_lines():
         (TRUTH.replace("Answer: 25", "Answer: 255"), False, False),
         (TRUTH.replace("Answer: 25", "Answer: 25."), False, False),
         (TRUTH.replace("Answer: 25", "Answer: 26\nAnswer: 25"), False, False),
-        (TRUTH.replace("Kim 31", "Kim 32"), True, False),
+        (TRUTH.replace("=31", "=32"), True, False),
         (TRUTH.replace("\nAnswer: 25", ""), False, False),
         ("25", False, False),
         ("", False, False),
@@ -257,8 +258,8 @@ def test_it_is_a_task_of_lm_eval():
 
 
 def test_the_task_has_room_for_its_response():
-    """Digits and names are one token each in SmolLM2's tokenizer: 19 tokens a line, 6 of the answer with its end."""
+    """Digits and names are one token each in SmolLM2's tokenizer: 21 tokens a line, 6 of the answer with its end."""
     manager = TaskManager(include_path=str(TASKS), include_defaults=False, metadata={"problems": 1})
     task = manager.load(["vkv_ledger"])["tasks"]["vkv_ledger"]
     lines = task.eval_docs[0]["response"].count("\n")
-    assert task.config.generation_kwargs["max_gen_toks"] > 19 * lines + 6
+    assert task.config.generation_kwargs["max_gen_toks"] > 21 * lines + 6

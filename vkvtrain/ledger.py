@@ -1,11 +1,11 @@
 """The ledger task: balances that change hands, in words that a pretrained language model reads as it reads any text.
 
 A prompt states who has how much, then events, then whose balance is asked for; the response restates event after event
-with the two balances that it leaves, and closes with the answer::
+with what it does to two balances, and closes with the answer::
 
     prompt     Tom has 51, Ann has 27, Kim has 33. Kim gives 2 to Ann. Ann gives 4 to Tom. How much has Kim?
-    response   Kim gives 2 to Ann: Kim 31, Ann 29.
-               Ann gives 4 to Tom: Ann 25, Tom 55.
+    response   Kim 33-2=31, Ann 27+2=29.
+               Ann 29-4=25, Tom 51+4=55.
                Answer: 31
 
 A line needs the next event, which is in the prompt, and the last balances of two accounts, which may be anywhere in the
@@ -15,7 +15,7 @@ Names and digits are single tokens of most tokenizers. Knows nothing of models o
 
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Self
 
@@ -28,7 +28,7 @@ LOW, HIGH, MOST = 10, 99, 9
 SOURCE = "ledger:"
 """Prefix of the data source: `ledger:people=4,events=6`."""
 
-_LINE = re.compile(r"([A-Z][a-z]+) gives (\d) to ([A-Z][a-z]+): ([A-Z][a-z]+) (\d+), ([A-Z][a-z]+) (\d+)\.")
+_LINE = re.compile(r"([A-Z][a-z]+) \d+-(\d)=(\d+), ([A-Z][a-z]+) \d+\+\d=(\d+)\.")
 _BALANCE = re.compile(r"([A-Z][a-z]+) has (\d+)")
 _ANSWER = re.compile(r"Answer: (\d+)")
 
@@ -166,14 +166,13 @@ def _draw(rng: random.Random, dial: Dial) -> Problem | None:
         if dial.age == left and asked not in (giver, receiver):
             giver, receiver = (asked, receiver) if rng.random() < 0.5 else (giver, asked)
         amount = rng.randint(1, MOST)
+        told.append(f"{giver} gives {amount} to {receiver}.")
+        lines.append(_line(giver, amount, receiver, balance))
         balance[giver] -= amount
         balance[receiver] += amount
         if balance[giver] < LOW or balance[receiver] > HIGH:
             return None
         last[giver] = last[receiver] = number
-        event = f"{giver} gives {amount} to {receiver}"
-        told.append(f"{event}.")
-        lines.append(f"{event}: {giver} {balance[giver]}, {receiver} {balance[receiver]}.")
     if dial.age is None:
         asked = rng.choice(sorted(last))
     answer = str(balance[asked])
@@ -181,7 +180,7 @@ def _draw(rng: random.Random, dial: Dial) -> Problem | None:
     return Problem(prompt, "\n".join([*lines, f"Answer: {answer}"]), answer)
 
 
-def _who(people: list[str], asked: str, left: int, dial: Dial) -> list[str]:
+def _who(people: Sequence[str], asked: str, left: int, dial: Dial) -> Sequence[str]:
     """Who may take part in the event that is `left` lines before the answer."""
     if dial.age is None or left >= dial.age:
         return people
@@ -205,11 +204,9 @@ def grade(prompt: str, response: str, truth: str) -> Grade:
         giver, amount, receiver = _event(true_line)
         line = written[number - 1] if number <= len(written) else ""
         age = number - min(last[giver], last[receiver])
-        follows = _follows(line, giver, amount, receiver, stated)
-        lines.append(Line(age, line == true_line, follows))
+        lines.append(Line(age, line == true_line, line == _line(giver, amount, receiver, stated)))
         last[giver] = last[receiver] = number
-        for name, value in _balances(line):
-            stated[name] = value
+        stated |= _balances(line)
     asked = re.search(r"How much has ([A-Z][a-z]+)\?", prompt)
     assert asked is not None
     said = [match for line in written if (match := _ANSWER.fullmatch(line.strip()))]
@@ -217,20 +214,20 @@ def grade(prompt: str, response: str, truth: str) -> Grade:
     return Grade(answer, response.strip() == truth, tuple(lines), len(true_lines) + 1 - last[asked[1]])
 
 
+def _line(giver: str, amount: int, receiver: str, balance: Mapping[str, int]) -> str:
+    """The line of an event, given the balances before it."""
+    before, there = balance[giver], balance[receiver]
+    return f"{giver} {before}-{amount}={before - amount}, {receiver} {there}+{amount}={there + amount}."
+
+
 def _event(line: str) -> tuple[str, int, str]:
     """(giver, amount, receiver) of a true line."""
     match = _LINE.fullmatch(line)
     assert match is not None
-    return match[1], int(match[2]), match[3]
+    return match[1], int(match[2]), match[4]
 
 
-def _balances(line: str) -> list[tuple[str, int]]:
-    """What a line says of balances, as it says it."""
+def _balances(line: str) -> dict[str, int]:
+    """The balances that a line leaves, as it says; none if it is no line."""
     match = _LINE.fullmatch(line)
-    return [] if match is None else [(match[4], int(match[5])), (match[6], int(match[7]))]
-
-
-def _follows(line: str, giver: str, amount: int, receiver: str, stated: dict[str, int]) -> bool:
-    """Whether a line restates an event, with the balances that it leaves of those that were stated last."""
-    balances = f"{giver} {stated[giver] - amount}, {receiver} {stated[receiver] + amount}"
-    return line == f"{giver} gives {amount} to {receiver}: {balances}."
+    return {} if match is None else {match[1]: int(match[3]), match[4]: int(match[5])}

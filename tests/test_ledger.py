@@ -77,6 +77,21 @@ def test_the_age_of_a_line_is_that_of_the_older_balance_it_needs(index, dial):
         assert line.age == number - min(needed)
 
 
+@given(st.integers(0, 10**6), dials())
+def test_what_a_line_needs_is_where_it_was_stated(index, dial):
+    problem = ledger.problem("train", index, dial)
+    text = problem.prompt + problem.response
+    found = ledger.needs(problem)
+    assert len(found) == 2 * dial.events
+    for need in found:
+        start, end = need.stated
+        assert end <= need.at
+        assert text[start:end] == text[need.at : need.at + 2]
+        assert text[start - 1] in " ="  # stated by the prompt or by a result, never by what a line had repeated
+    ages = [max(pair) for pair in zip([n.age for n in found[::2]], [n.age for n in found[1::2]], strict=True)]
+    assert ages == [line.age for line in ledger.grade(problem.prompt, problem.response, problem.response).lines]
+
+
 def test_splits_are_disjoint_whatever_the_seed_and_the_dial():
     prompts = {
         split: {

@@ -28,7 +28,7 @@ LOW, HIGH, MOST = 10, 99, 9
 SOURCE = "ledger:"
 """Prefix of the data source: `ledger:people=4,events=6`."""
 
-_LINE = re.compile(r"([A-Z][a-z]+) \d+-(\d)=(\d+), ([A-Z][a-z]+) \d+\+\d=(\d+)\.")
+_LINE = re.compile(r"([A-Z][a-z]+) (\d+)-(\d)=(\d+), ([A-Z][a-z]+) (\d+)\+\d=(\d+)\.")
 _BALANCE = re.compile(r"([A-Z][a-z]+) has (\d+)")
 _ANSWER = re.compile(r"Answer: (\d+)")
 
@@ -128,6 +128,21 @@ class Grade:
     age: int
 
 
+@dataclass(frozen=True)
+class Need:
+    """A balance that a line needs, by characters of prompt and response as one text.
+
+    Attributes:
+        stated: where it was stated last, [start, end).
+        at: where the line writes it.
+        age: lines between the two; a balance of the prompt is as old as the line's number.
+    """
+
+    stated: tuple[int, int]
+    at: int
+    age: int
+
+
 def problem(split: Split, index: int, dial: Dial) -> Problem:
     """Problem `index` of a split: the same for the same arguments, on every machine.
 
@@ -214,6 +229,18 @@ def grade(prompt: str, response: str, truth: str) -> Grade:
     return Grade(answer, response.strip() == truth, tuple(lines), len(true_lines) + 1 - last[asked[1]])
 
 
+def needs(problem: Problem) -> list[Need]:
+    """The balances that the lines of a problem's own response need, two a line, in order."""
+    stated = {match[1]: (0, match.span(2)) for match in _BALANCE.finditer(problem.prompt)}
+    found = []
+    for number, match in enumerate(_LINE.finditer(problem.prompt + problem.response), start=1):
+        for name, before, after in ((match[1], 2, 4), (match[5], 6, 7)):
+            line, where = stated[name]
+            found.append(Need(where, match.start(before), number - line))
+            stated[name] = number, match.span(after)
+    return found
+
+
 def _line(giver: str, amount: int, receiver: str, balance: Mapping[str, int]) -> str:
     """The line of an event, given the balances before it."""
     before, there = balance[giver], balance[receiver]
@@ -224,10 +251,10 @@ def _event(line: str) -> tuple[str, int, str]:
     """(giver, amount, receiver) of a true line."""
     match = _LINE.fullmatch(line)
     assert match is not None
-    return match[1], int(match[2]), match[4]
+    return match[1], int(match[3]), match[5]
 
 
 def _balances(line: str) -> dict[str, int]:
     """The balances that a line leaves, as it says; none if it is no line."""
     match = _LINE.fullmatch(line)
-    return {} if match is None else {match[1]: int(match[3]), match[4]: int(match[5])}
+    return {} if match is None else {match[1]: int(match[4]), match[5]: int(match[7])}

@@ -1,8 +1,8 @@
 """The arms of the evidence on a pretrained model: the base, what is trained on it, and how each is measured.
 
 Every stage is one of the package's own commands, writes to `runs/ledger`, and is skipped where what it makes is there.
-What was measured goes to `recipes/smollm2/ledger/results/MODEL.json`, which is committed: an arm with its record is not
-trained again. Knows nothing of tables and figures.
+What was measured goes to `docs/evidence/MODEL.json`, which is committed: an arm with its record is not trained again.
+Knows nothing of tables and figures.
 """
 
 import hashlib
@@ -26,7 +26,8 @@ from vkvtrain.training.run_directory import FINISHED, METRICS
 
 ROOT = Path(__file__).parents[2]
 HERE = Path("recipes/smollm2/ledger")
-"""Recipes, the shipped base adapter and the results; relative to `ROOT`, as recipes name paths."""
+"""Recipes and the shipped base adapter; relative to `ROOT`, as recipes name paths."""
+RECORDS = ROOT / "docs/evidence"
 RUNS = Path("runs/ledger")
 PRETRAINED, MODEL = Path("runs/smollm2/model"), RUNS / "model"
 SHIPPED = HERE / "base"
@@ -34,14 +35,15 @@ SHIPPED = HERE / "base"
 SWEEP = "eval/sweeps/ledger.yaml"
 DIAL = ledger.Dial(people=4, events=6)
 BUDGETS, WINDOW = (64, 56), 8
+Cells = tuple[tuple[str, int | None], ...]
+"""Policies with their budgets."""
 POLICY = "vase_attnv"
 BASE = "base"
 
-Part = tuple[str, ...]
-MAIN: Part = ("full", POLICY)
-"""Policies that every model is measured under."""
-TRANSFER: Part = ("snapkv", "rkv", "random", "random + prompt")
-"""Policies that it was not trained for; those models that `TRANSFERRED` names."""
+MAIN: Cells = (("full", None), *((POLICY, budget) for budget in BUDGETS))
+"""What every model is measured under."""
+TRANSFER: Cells = tuple((policy, BUDGETS[0]) for policy in ("snapkv", "rkv", "random", "random + prompt"))
+"""What it was not trained for; those models that `TRANSFERRED` names, on half of the problems."""
 TRANSFERRED = (BASE, "vase", "dense", "random", "snapkv", "distill")
 HELD = 40
 """Test problems whose lifetimes are looked at."""
@@ -131,42 +133,41 @@ def fingerprint(name: str) -> str:
 
 def record_of(name: str) -> dict[str, Any]:
     """What was measured of a model so far; empty where nothing was."""
-    path = ROOT / HERE / "results" / f"{name}.json"
+    path = RECORDS / f"{name}.json"
     return json.loads(path.read_bytes()) if path.exists() else {}
 
 
 def write_record(name: str, record: dict[str, Any]) -> None:
-    path = ROOT / HERE / "results" / f"{name}.json"
-    path.parent.mkdir(exist_ok=True)
+    path = RECORDS / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(record, indent=1) + "\n")
     partial.replace(path)
 
 
-def wanted_cells(policies: Part) -> set[str]:
-    """The cells of some policies, as records name them."""
-    return {f"{policy} {budget}" for policy in policies if policy != "full" for budget in BUDGETS} | (
-        {"full"} if "full" in policies else set()
-    )
+def label(policy: str, budget: int | None) -> str:
+    """A cell as records name it."""
+    return policy if budget is None else f"{policy} {budget}"
 
 
-def missing(name: str, policies: Part) -> bool:
-    """Whether a model still has to be measured under some of the policies."""
-    return not wanted_cells(policies) <= set(record_of(name).get("cells", {}))
+def missing(name: str, cells: Cells) -> bool:
+    """Whether a model still has to be measured in some of the cells."""
+    return not {label(*cell) for cell in cells} <= set(record_of(name).get("cells", {}))
 
 
-def evaluate(name: str, policies: Part, problems: int, jobs: int) -> None:
-    """Measure a model under some policies by its part of the sweep, unless its record has that."""
-    if not missing(name, policies):
+def evaluate(name: str, cells: Cells, problems: int, jobs: int) -> None:
+    """Measure a model by its part of the sweep, unless its record has that."""
+    if not missing(name, cells):
         return
-    entries = [
-        {"policy": "random", "protect_prompt": True} if policy == "random + prompt" else {"policy": policy}
-        for policy in policies
+    policies = [
+        {"policy": policy.removesuffix(" + prompt"), "protect_prompt": policy.endswith(" + prompt")}
+        for policy in dict.fromkeys(policy for policy, _ in cells)
     ]
-    output = RUNS / "sweeps" / name
+    budgets = list(dict.fromkeys(budget for _, budget in cells if budget is not None))
+    output = RUNS / "sweeps" / f"{name}-{problems}"
     command = ["vkvtrain", "ablate", SWEEP, "--output", str(output), "--controls", "false", "--limit", str(problems)]
     command += ["--adapters", json.dumps({} if name == BASE else {name: str(RUNS / name)})]
-    command += ["--policies", json.dumps(entries), "--parallel_cells", str(jobs)]
+    command += ["--policies", json.dumps(policies), "--budgets", json.dumps(budgets), "--parallel_cells", str(jobs)]
     run(command, ROOT / RUNS / f"{name}.log")
     keep(name, Store.existing(ROOT / output))
 
@@ -183,9 +184,12 @@ def keep(name: str, store: Store) -> None:
         if cell["cell"] not in finished:
             continue
         rows = read(store, cell["cell"])
-        label = cell["policy"] if cell["budget"] is None else f"{cell['policy']} {cell['budget']}"
         about = store.about(cell["cell"])
-        cells[label] = {"seconds": about["seconds"], "finished": about["finished"], **graded(rows)}
+        cells[label(cell["policy"], cell["budget"])] = {
+            "seconds": about["seconds"],
+            "finished": about["finished"],
+            **graded(rows),
+        }
     write_record(name, record)
 
 

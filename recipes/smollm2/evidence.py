@@ -8,7 +8,7 @@
 3. The arms (`recipes/smollm2/ledger/*.yaml`), `--jobs` at once: the same rows, steps and rank; each is measured by its
    part of `eval/sweeps/ledger.yaml` as soon as it is trained.
 4. Transfer: the adapters of seed 0 under policies that they were not trained for.
-5. `docs/evidence.md`, its figure and the README's table, from the records in `recipes/smollm2/ledger/results`.
+5. `docs/evidence.md`, its figure and the README's table, from the records in `docs/evidence`.
 
 What has its record is neither trained nor measured again. Adapters and sweeps are in `runs/ledger`.
 """
@@ -85,7 +85,7 @@ def main(settings: Settings) -> None:
             findings.write()
 
     def transfer(name: str) -> None:
-        evaluate(name, TRANSFER, settings.problems, 1)
+        evaluate(name, TRANSFER, settings.problems // 2, 1)
         with writing:
             findings.write()
 

@@ -10,7 +10,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from arms import ARMS, BASE, BUDGETS, HERE, POLICY, ROOT, SHIPPED, TRANSFER, TRANSFERRED, WINDOW, record_of
+from arms import ARMS, BASE, BUDGETS, POLICY, ROOT, SHIPPED, TRANSFER, TRANSFERRED, WINDOW, label, record_of
 from matplotlib.figure import Figure
 
 from vkvtrain.ablation.statistics import Estimate, crossed_interval
@@ -130,7 +130,7 @@ def detail_table(found: Records) -> str:
 
 def transfer_table(found: Records) -> str:
     """Every adapter of seed 0 under policies that it was not trained for."""
-    cells = [*EVICTED, *(f"{policy} {budget}" for policy in TRANSFER for budget in BUDGETS)]
+    cells = [EVICTED[0], *(label(*cell) for cell in TRANSFER)]
     rows = [
         [NAMES[recipe], *(estimate(runs[:1], cell) if cell in runs[0]["cells"] else "-" for cell in cells)]
         for recipe, runs in found.items()
@@ -208,7 +208,7 @@ def still_missing(found: Records) -> str:
         for recipe in NAMES
         if recipe != BASE and (planned := sum(arm.recipe == recipe for arm in ARMS)) > len(found.get(recipe, ()))
     ]
-    wanted = {f"{policy} {budget}" for policy in TRANSFER for budget in BUDGETS}
+    wanted = {label(*cell) for cell in TRANSFER}
     lines += [
         f"- transfer of {NAMES[recipe]}: {len(gap)} of {len(wanted)} cells are not measured"
         for recipe in TRANSFERRED
@@ -253,7 +253,7 @@ def write() -> None:
     }
     fill(DOCS, parts)
     fill(README, {"evidence": f"{parts['answers']}\n\n{parts['comparisons']}\n\n{parts['settings']}"})
-    print(f"written: {DOCS.relative_to(ROOT)}, docs/evidence.png and README.md, from {HERE}/results")
+    print(f"written: {DOCS.relative_to(ROOT)}, docs/evidence.png and README.md, from docs/evidence")
 
 
 def fill(path: Path, parts: Mapping[str, str]) -> None:

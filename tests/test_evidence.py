@@ -18,12 +18,16 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
-def arms(monkeypatch, tmp_path):
+def arms(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "recipes/smollm2"))
     import arms
 
-    monkeypatch.setattr(arms, "RECORDS", tmp_path)
     return arms
+
+
+@pytest.fixture
+def study(arms, tmp_path):
+    return arms.Study(records=tmp_path / "records")
 
 
 @pytest.fixture
@@ -57,7 +61,7 @@ def test_arms_differ_in_what_they_are_named_for_alone(arms):
 def test_the_sweep_has_every_arm_and_every_cell(arms):
     sweep = load_sweep(ROOT / arms.SWEEP)
     assert {name: entry.peft for name, entry in sweep.adapters.items()} == {
-        arm.name: str(arms.RUNS / arm.name) for arm in arms.ARMS
+        arm.name: str(arms.Study().runs / arm.name) for arm in arms.ARMS
     }
     cells = {(cell.label, cell.config.budget) for cell in sweep.cells() if cell.model == "vase"}
     assert cells >= {*arms.MAIN, *arms.TRANSFER}
@@ -104,17 +108,18 @@ def test_held_is_what_the_cache_holds_when_a_line_needs_it(arms):
 
 def test_an_adapter_is_shipped_in_bfloat16_with_its_log(arms, monkeypatch, tmp_path):
     monkeypatch.setattr(arms, "ROOT", tmp_path)
-    source = tmp_path / "run"
-    source.mkdir()
+    for name in arms.STAGES:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text(f"{name}\n")
+    source = tmp_path / arms.STAGES[-1]
     save_file({"a.lora_A.weight": torch.randn(2, 3)}, source / "adapter_model.safetensors")
-    for name in ("adapter_config.json", "metrics.jsonl"):
-        (source / name).write_text(name)
-    arms.ship(Path("run"), Path("shipped"))
+    (source / "adapter_config.json").write_text("{}")
+    arms.ship(Path(source.name), Path("shipped"))
     weights = load_file(tmp_path / "shipped/adapter_model.safetensors")
     assert weights["a.lora_A.weight"].dtype == torch.bfloat16
     expected = load_file(source / "adapter_model.safetensors")["a.lora_A.weight"].to(torch.bfloat16)
     assert torch.equal(weights["a.lora_A.weight"], expected)
-    assert (tmp_path / "shipped/metrics.jsonl").read_text() == "metrics.jsonl"
+    assert (tmp_path / "shipped/metrics.jsonl").read_text() == "base\nbase_second\n"
 
 
 def response(problem, right_lines):
@@ -135,9 +140,9 @@ def cell(arms, lines_right):
     return {"seconds": 1.0, "finished": "2026-11-25 12:00:00", **arms.graded(rows)}
 
 
-def write(arms, name, full, first, second):
+def write(arms, study, name, full, first, second):
     cells = dict(zip(("full", *(arms.label(*one) for one in arms.MAIN[1:])), (full, first, second), strict=True))
-    arms.write_record(name, {"weights": "x", "cells": {label: cell(arms, counts) for label, counts in cells.items()}})
+    study.write(name, {"weights": "x", "cells": {label: cell(arms, counts) for label, counts in cells.items()}})
 
 
 def test_grades_of_a_cell(arms):
@@ -148,11 +153,11 @@ def test_grades_of_a_cell(arms):
     assert graded["tokens"] == [17, 16, 10, 13]
 
 
-def test_tables_say_what_the_records_say(arms, findings):
-    write(arms, "base", [7] * 4, [7, 0, 0, 0], [0, 3, 0, 0])
-    write(arms, "vase", [7] * 4, [7] * 4, [7, 7, 7, 6])
-    write(arms, "vase_1", [7] * 4, [7] * 4, [7, 7, 7, 7])
-    found = findings.records()
+def test_tables_say_what_the_records_say(arms, study, findings):
+    write(arms, study, "base", [7] * 4, [7, 0, 0, 0], [0, 3, 0, 0])
+    write(arms, study, "vase", [7] * 4, [7] * 4, [7, 7, 7, 6])
+    write(arms, study, "vase_1", [7] * 4, [7] * 4, [7, 7, 7, 7])
+    found = findings.records(study)
     assert [(name, len(runs)) for name, runs in found.items()] == [("base", 1), ("vase", 2)]
     header, _, base, vase = findings.main_table(found).splitlines()
     assert "64 entries (2.0x)" in header
@@ -168,33 +173,33 @@ def test_tables_say_what_the_records_say(arms, findings):
     (*_, base, vase) = findings.detail_table(found).splitlines()
     assert base.split(" | ")[3].startswith("12.5 [")  # 3 of 24 lines
     assert "dense" not in findings.age_table(found)
-    missing = findings.still_missing(found)
+    missing = findings.still_missing(study, found)
     assert "- `vase_attnv`, sft: 2 of 3 training seeds" in missing
     assert "- dense: 0 of 3 training seeds" in missing
     assert "- transfer of base, not trained on: 4 of 4 cells" in missing
 
 
-def test_lines_by_age_are_counted_over_all_runs(arms, findings):
-    write(arms, "base", [7] * 3, [7, 6, 2], [0, 0, 0])
+def test_lines_by_age_are_counted_over_all_runs(arms, study, findings):
+    write(arms, study, "base", [7] * 3, [7, 6, 2], [0, 0, 0])
     ages = [
         line.age
         for one, count in zip(ledger.problems("test", 3, arms.DIAL), (7, 6, 2), strict=True)
         for place, line in enumerate(ledger.grade(one.prompt, one.response, one.response).lines)
         if place < count
     ]
-    (base,) = findings.records()["base"]
+    (base,) = findings.records(study)["base"]
     found = findings.by_age([base, base], findings.EVICTED[0])
     assert {age: round(lines * share) for age, (lines, share) in found.items() if share} == {
         age: 2 * ages.count(age) for age in sorted(set(ages))
     }
 
 
-def test_a_record_stands_for_what_is_measured(arms):
-    assert arms.missing("vase", arms.MAIN)
-    write(arms, "vase", [7], [7], [7])
-    assert not arms.missing("vase", arms.MAIN)
-    assert arms.missing("vase", arms.TRANSFER)
-    assert json.loads((arms.RECORDS / "vase.json").read_text())["cells"]["full"]["exact"] == "1"
+def test_a_record_stands_for_what_is_measured(arms, study):
+    assert study.missing("vase", arms.MAIN)
+    write(arms, study, "vase", [7], [7], [7])
+    assert not study.missing("vase", arms.MAIN)
+    assert study.missing("vase", arms.TRANSFER)
+    assert json.loads((study.records / "vase.json").read_text())["cells"]["full"]["exact"] == "1"
 
 
 def test_parts_of_a_page_are_replaced_in_place(findings, tmp_path):
@@ -206,10 +211,10 @@ def test_parts_of_a_page_are_replaced_in_place(findings, tmp_path):
         findings.fill(page, {"w": ""})
 
 
-def test_the_pages_have_their_parts(arms, findings, monkeypatch, tmp_path):
+def test_the_pages_have_their_parts(arms, study, findings, monkeypatch, tmp_path):
     """The whole report from few records, on copies of the pages."""
-    write(arms, "base", [7] * 4, [7, 0, 0, 0], [0, 3, 0, 0])
-    write(arms, "vase", [7] * 4, [7] * 4, [7, 7, 7, 6])
+    write(arms, study, "base", [7] * 4, [7, 0, 0, 0], [0, 3, 0, 0])
+    write(arms, study, "vase", [7] * 4, [7] * 4, [7, 7, 7, 6])
     (tmp_path / "docs").mkdir()
     for name in ("docs/evidence.md", "README.md"):
         (tmp_path / name).write_text((ROOT / name).read_text())
@@ -219,9 +224,9 @@ def test_the_pages_have_their_parts(arms, findings, monkeypatch, tmp_path):
     for name, value in {"ROOT": tmp_path, "SHIPPED": Path("base"), "DOCS": tmp_path / "docs/evidence.md"}.items():
         monkeypatch.setattr(findings, name, value)
     monkeypatch.setattr(findings, "README", tmp_path / "README.md")
-    findings.write()
+    findings.write(study)
     assert (tmp_path / "docs/evidence.png").stat().st_size > 10_000
     page = (tmp_path / "docs/evidence.md").read_text()
-    assert "9 steps, loss 1.50 to 0.0100" in page
+    assert "2 steps of four problems, loss 1.50 to 0.0100" in page
     assert "- dense: 0 of 3 training seeds" in page
     assert "| base, not trained on | - | 100.0" in (tmp_path / "README.md").read_text()

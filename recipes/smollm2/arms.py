@@ -1,8 +1,8 @@
 """The arms of the evidence on a pretrained model: the base, what is trained on it, and how each is measured.
 
-Every stage is one of the package's own commands, writes to `runs/ledger`, and is skipped where what it makes is there.
-What was measured goes to `docs/evidence/MODEL.json`, which is committed: an arm with its record is not trained again.
-Knows nothing of tables and figures.
+Every stage is one of the package's own commands, writes to `runs/`, and is skipped where what it makes is there. What
+was measured is a record in `docs/evidence`, which is committed: an arm with its record is not trained again. Knows
+nothing of tables and figures.
 """
 
 import hashlib
@@ -27,9 +27,7 @@ from vkvtrain.training.run_directory import FINISHED, METRICS
 ROOT = Path(__file__).parents[2]
 HERE = Path("recipes/smollm2/ledger")
 """Recipes and the shipped base adapter; relative to `ROOT`, as recipes name paths."""
-RECORDS = ROOT / "docs/evidence"
-RUNS = Path("runs/ledger")
-PRETRAINED, MODEL = Path("runs/smollm2/model"), RUNS / "model"
+PRETRAINED, MODEL = Path("runs/smollm2/model"), Path("runs/ledger/model")
 SHIPPED = HERE / "base"
 """The adapter that makes the base, in bfloat16."""
 SWEEP = "eval/sweeps/ledger.yaml"
@@ -38,7 +36,8 @@ BUDGETS, WINDOW = (64, 56), 8
 Cells = tuple[tuple[str, int | None], ...]
 """Policies with their budgets."""
 POLICY = "vase_attnv"
-BASE = "base"
+BASE, STAGES = "base", ("base", "base_second")
+"""The model that all arms start from, and the recipes of its training."""
 
 MAIN: Cells = (("full", None), *((POLICY, budget) for budget in BUDGETS))
 """What every model is measured under."""
@@ -69,29 +68,71 @@ ARMS = (
 """In the order in which they are worth having."""
 
 
-def run(command: list[str], log: Path | None = None) -> None:
+@dataclass(frozen=True)
+class Study:
+    """What is trained and measured, and where that is.
+
+    Attributes:
+        arms: in their order.
+        runs: adapters, sweeps and logs, relative to `ROOT`.
+        records: a JSON file for each model.
+        problems: test problems of each evaluation.
+        steps: of every arm, in the place of the recipe's.
+    """
+
+    arms: tuple[Arm, ...] = ARMS
+    runs: Path = Path("runs/ledger")
+    records: Path = ROOT / "docs/evidence"
+    problems: int = 200
+    steps: int | None = None
+
+    def record(self, name: str) -> dict[str, Any]:
+        """What was measured of a model so far; empty where nothing was."""
+        path = self.records / f"{name}.json"
+        return json.loads(path.read_bytes()) if path.exists() else {}
+
+    def write(self, name: str, record: dict[str, Any]) -> None:
+        """Replace a model's record."""
+        self.records.mkdir(parents=True, exist_ok=True)
+        partial = self.records / f"{name}.partial"
+        partial.write_text(json.dumps(record, indent=1) + "\n")
+        partial.replace(self.records / f"{name}.json")
+
+    def missing(self, name: str, cells: Cells) -> bool:
+        """Whether a model still has to be measured in some of the cells."""
+        return not {label(*cell) for cell in cells} <= set(self.record(name).get("cells", {}))
+
+
+def label(policy: str, budget: int | None) -> str:
+    """A cell as records name it."""
+    return policy if budget is None else f"{policy} {budget}"
+
+
+def run(command: list[str], log: Path) -> None:
     """Run a command from the repository's root on one thread; raises CalledProcessError if it fails."""
-    print("$ " + " ".join(command), flush=True)
+    print(f"$ {' '.join(command)} >> {log}", flush=True)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    if log is None:
-        subprocess.run(command, cwd=ROOT, env=environment, check=True)
-        return
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("ab") as file:
+    (ROOT / log).parent.mkdir(parents=True, exist_ok=True)
+    with (ROOT / log).open("ab") as file:
         subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=file, stderr=file)
 
 
-def train(recipe: str, output: Path, seed: int, steps: int | None = None) -> None:
+def train(recipe: str, output: Path, *overrides: str) -> None:
     """Train an adapter, or go on with it, unless it is there."""
-    if (ROOT / output / FINISHED).exists():
-        return
-    command = ["accelerate", "launch", "--config_file", "accelerate_configs/cpu.yaml", "recipes/finetune.py"]
-    command += [str(HERE / f"{recipe}.yaml"), "--output", str(output), "--seed", str(seed)]
-    if recipe not in (BASE, "dense"):
-        command += ["--eviction.seed", str(seed)]
-    if steps is not None:
-        command += ["--steps", str(steps), "--optim.warmup_steps", str(min(10, steps // 4))]
-    run(command, ROOT / RUNS / f"{output.name}.log")
+    if not (ROOT / output / FINISHED).exists():
+        command = ["accelerate", "launch", "--config_file", "accelerate_configs/cpu.yaml", "recipes/finetune.py"]
+        command += [str(HERE / f"{recipe}.yaml"), "--output", str(output), *overrides]
+        run(command, output.with_suffix(".log"))
+
+
+def train_arm(study: Study, arm: Arm) -> None:
+    """Train an arm, with its seed for everything that is drawn."""
+    overrides = ["--seed", str(arm.seed)]
+    if arm.recipe != "dense":
+        overrides += ["--eviction.seed", str(arm.seed)]
+    if study.steps is not None:
+        overrides += ["--steps", str(study.steps), "--optim.warmup_steps", str(min(10, study.steps // 4))]
+    train(arm.recipe, study.runs / arm.name, *overrides)
 
 
 def make_base(afresh: bool = False) -> None:
@@ -102,8 +143,9 @@ def make_base(afresh: bool = False) -> None:
     """
     convert(ROOT / PRETRAINED.parent)
     if afresh or not (ROOT / SHIPPED / FINISHED).exists():
-        train(BASE, RUNS / BASE, seed=0)
-        ship(RUNS / BASE, SHIPPED)
+        for recipe in STAGES:
+            train(recipe, MODEL.with_name(recipe))
+        ship(MODEL.with_name(STAGES[-1]), SHIPPED)
     if (ROOT / MODEL).exists():
         return
     model: Any = AutoModelForCausalLM.from_pretrained(ROOT / PRETRAINED, dtype=torch.float32)
@@ -115,69 +157,46 @@ def make_base(afresh: bool = False) -> None:
 
 
 def ship(source: Path, target: Path) -> None:
-    """Copy a finished adapter in bfloat16 with its log, for the repository."""
+    """Copy the finished base adapter in bfloat16, with the log of its stages, for the repository."""
     (ROOT / target).mkdir(parents=True, exist_ok=True)
     weights = {
         name: weight.to(torch.bfloat16).contiguous() for name, weight in load_file(ROOT / source / FINISHED).items()
     }
     save_file(weights, ROOT / target / FINISHED, metadata={"format": "pt"})
-    for name in ("adapter_config.json", METRICS):
-        shutil.copyfile(ROOT / source / name, ROOT / target / name)
+    shutil.copyfile(ROOT / source / "adapter_config.json", ROOT / target / "adapter_config.json")
+    logs = [(ROOT / source.with_name(recipe) / METRICS).read_text() for recipe in STAGES]
+    (ROOT / target / METRICS).write_text("".join(logs))
 
 
-def fingerprint(name: str) -> str:
+def fingerprint(study: Study, name: str) -> str:
     """Hash of the weights that a model adds to the pretrained one."""
-    adapter = SHIPPED if name == BASE else RUNS / name
+    adapter = SHIPPED if name == BASE else study.runs / name
     return hashlib.blake2b((ROOT / adapter / FINISHED).read_bytes(), digest_size=8).hexdigest()
 
 
-def record_of(name: str) -> dict[str, Any]:
-    """What was measured of a model so far; empty where nothing was."""
-    path = RECORDS / f"{name}.json"
-    return json.loads(path.read_bytes()) if path.exists() else {}
-
-
-def write_record(name: str, record: dict[str, Any]) -> None:
-    path = RECORDS / f"{name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(record, indent=1) + "\n")
-    partial.replace(path)
-
-
-def label(policy: str, budget: int | None) -> str:
-    """A cell as records name it."""
-    return policy if budget is None else f"{policy} {budget}"
-
-
-def missing(name: str, cells: Cells) -> bool:
-    """Whether a model still has to be measured in some of the cells."""
-    return not {label(*cell) for cell in cells} <= set(record_of(name).get("cells", {}))
-
-
-def evaluate(name: str, cells: Cells, problems: int, jobs: int) -> None:
+def evaluate(study: Study, name: str, cells: Cells, problems: int, jobs: int) -> None:
     """Measure a model by its part of the sweep, unless its record has that."""
-    if not missing(name, cells):
+    if not study.missing(name, cells):
         return
     policies = [
         {"policy": policy.removesuffix(" + prompt"), "protect_prompt": policy.endswith(" + prompt")}
         for policy in dict.fromkeys(policy for policy, _ in cells)
     ]
     budgets = list(dict.fromkeys(budget for _, budget in cells if budget is not None))
-    output = RUNS / "sweeps" / f"{name}-{problems}"
+    output = study.runs / "sweeps" / f"{name}-{problems}"
     command = ["vkvtrain", "ablate", SWEEP, "--output", str(output), "--controls", "false", "--limit", str(problems)]
-    command += ["--adapters", json.dumps({} if name == BASE else {name: str(RUNS / name)})]
+    command += ["--adapters", json.dumps({} if name == BASE else {name: str(study.runs / name)})]
     command += ["--policies", json.dumps(policies), "--budgets", json.dumps(budgets), "--parallel_cells", str(jobs)]
-    run(command, ROOT / RUNS / f"{name}.log")
-    keep(name, Store.existing(ROOT / output))
+    run(command, study.runs / f"{name}.log")
+    keep(study, name, Store.existing(ROOT / output))
 
 
-def keep(name: str, store: Store) -> None:
+def keep(study: Study, name: str, store: Store) -> None:
     """Add a sweep's finished cells to a model's record."""
-    record = record_of(name)
-    if record.get("weights") not in (None, fingerprint(name)):
+    record = study.record(name)
+    if record.get("weights") not in (None, fingerprint(study, name)):
         record = {}  # of an adapter that was trained again
-    record |= {"weights": fingerprint(name)}
+    record |= {"weights": fingerprint(study, name)}
     cells = record.setdefault("cells", {})
     finished = store.finished()
     for cell in store.plan()["cells"]:
@@ -190,7 +209,7 @@ def keep(name: str, store: Store) -> None:
             "finished": about["finished"],
             **graded(rows),
         }
-    write_record(name, record)
+    study.write(name, record)
 
 
 def read(store: Store, cell: str) -> list[dict[str, Any]]:
@@ -219,14 +238,14 @@ def bits(values: Any) -> str:
     return "".join("1" if value else "0" for value in values)
 
 
-def measure_held(name: str) -> None:
+def measure_held(study: Study, name: str) -> None:
     """How much of what lines need is still held when they need it, by age; on the test problems' own responses."""
-    record = record_of(name)
+    record = study.record(name)
     if "held" in record:
         return
     model: Any = AutoModelForCausalLM.from_pretrained(ROOT / MODEL, attn_implementation="vkvtrain")
     if name != BASE:
-        model = PeftModel.from_pretrained(model, str(ROOT / RUNS / name))
+        model = PeftModel.from_pretrained(model, str(ROOT / study.runs / name))
     tokenizer = AutoTokenizer.from_pretrained(ROOT / MODEL)
     problems = list(ledger.problems("test", HELD, DIAL))
     record["held"] = {
@@ -235,7 +254,7 @@ def measure_held(name: str) -> None:
         )
         for budget in BUDGETS
     }
-    write_record(name, record)
+    study.write(name, record)
 
 
 @torch.no_grad()

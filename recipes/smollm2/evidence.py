@@ -11,88 +11,94 @@
 5. `docs/evidence.md`, its figure and the README's table, from the records in `docs/evidence`.
 
 What has its record is neither trained nor measured again. Adapters and sweeps are in `runs/ledger`.
+
+`--small` is the same with two arms, fewer steps and fewer problems, in `runs/demo-real`; it prints its tables, and
+leaves the pages as they are.
 """
 
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from threading import Lock
 
 import findings
 import tyro
-from arms import (
-    ARMS,
-    BASE,
-    MAIN,
-    RUNS,
-    TRANSFER,
-    TRANSFERRED,
-    Arm,
-    evaluate,
-    make_base,
-    measure_held,
-    missing,
-    record_of,
-    train,
-)  # fmt: skip
+from arms import BASE, MAIN, ROOT, TRANSFER, TRANSFERRED, Arm, Study, evaluate, make_base, measure_held, train_arm
 
 GATE = 0.25
 """What eviction must cost the base at least, as a share of right answers."""
+SMALL = Study(
+    (Arm("vase", 0), Arm("dense", 0)), Path("runs/demo-real"), ROOT / "runs/demo-real/records", problems=60, steps=80
+)
 
 
 @dataclass
 class Settings:
     jobs: int = 2
     """Arms that are trained or measured at once, one thread each."""
-    problems: int = 200
-    """Test problems of each evaluation."""
+    small: bool = False
+    """Two arms, 80 steps and 60 problems instead of everything."""
     base_afresh: bool = False
     """Train the base's adapter again instead of taking the shipped one."""
     report_only: bool = False
     """Write tables and figure from the records that are there, and stop."""
 
 
-def check_gate() -> None:
+def check_gate(study: Study) -> None:
     """Exit where the base keeps its answers under eviction."""
-    found = {BASE: [record_of(BASE)]}
-    right = {
-        cell: sum(row) / len(row) for cell in ("full", *findings.EVICTED) for row in findings.grades(found[BASE], cell)
-    }
-    lost = ", ".join(f"{cell} {100 * share:.1f}%" for cell, share in right.items())
-    print(f"gate: the base answers {lost}", flush=True)
+    cells = ("full", *findings.EVICTED)
+    right = {cell: sum(row) / len(row) for cell in cells for row in findings.grades([study.record(BASE)], cell)}
+    print(
+        "gate: the base answers", ", ".join(f"{cell} {100 * share:.1f}%" for cell, share in right.items()), flush=True
+    )
     if any(right["full"] - right[cell] < GATE for cell in findings.EVICTED):
         sys.exit("evidence: the base loses too little to eviction: turn the task's dial, or lower the budgets")
 
 
+def show(study: Study) -> None:
+    """What the records say: into the pages, or of a small study to the terminal."""
+    if study is not SMALL:
+        findings.write(study)
+        return
+    found = findings.records(study)
+    print(
+        f"{findings.main_table(found)}\n\n{findings.comparisons(found)}\n\n{findings.settings_line(found)}", flush=True
+    )
+
+
 def main(settings: Settings) -> None:
+    study = SMALL if settings.small else Study()
     if settings.report_only:
-        findings.write()
+        show(study)
         return
     make_base(settings.base_afresh)
-    evaluate(BASE, MAIN, settings.problems, settings.jobs)
-    check_gate()
-    measure_held(BASE)
+    evaluate(study, BASE, MAIN, study.problems, settings.jobs)
+    check_gate(study)
+    measure_held(study, BASE)
     writing = Lock()
 
     def pursue(arm: Arm) -> None:
-        if not missing(arm.name, MAIN):
-            return
-        train(arm.recipe, RUNS / arm.name, arm.seed)
-        evaluate(arm.name, MAIN, settings.problems, 1)
-        if arm.seed == 0:
-            measure_held(arm.name)
-        with writing:
-            findings.write()
+        if study.missing(arm.name, MAIN):
+            train_arm(study, arm)
+            evaluate(study, arm.name, MAIN, study.problems, jobs=1)
+            if arm.seed == 0:
+                measure_held(study, arm.name)
+            with writing:
+                show(study)
 
     def transfer(name: str) -> None:
-        evaluate(name, TRANSFER, settings.problems // 2, 1)
-        with writing:
-            findings.write()
+        if study.missing(name, TRANSFER):
+            evaluate(study, name, TRANSFER, study.problems // 2, jobs=1)
+            with writing:
+                show(study)
 
     with ThreadPoolExecutor(settings.jobs) as pool:
-        for done in [pool.submit(pursue, arm) for arm in ARMS] + [pool.submit(transfer, name) for name in TRANSFERRED]:
-            done.result()
-    findings.write()
+        todo = [pool.submit(pursue, arm) for arm in study.arms]
+        todo += [] if settings.small else [pool.submit(transfer, name) for name in TRANSFERRED]
+        for one in todo:
+            one.result()
+    show(study)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from arms import ARMS, BASE, BUDGETS, POLICY, ROOT, SHIPPED, TRANSFER, TRANSFERRED, WINDOW, label, record_of
+from arms import BASE, BUDGETS, POLICY, ROOT, SHIPPED, TRANSFER, TRANSFERRED, WINDOW, Study, label
 from matplotlib.figure import Figure
 
 from vkvtrain.ablation.statistics import Estimate, crossed_interval
@@ -34,12 +34,10 @@ Records = Mapping[str, Sequence[Mapping[str, Any]]]
 """Of each arm, the records of the runs that were measured."""
 
 
-def records() -> Records:
+def records(study: Study) -> Records:
     """The records that are there, by arm and in the order of the seeds."""
-    names = {BASE: [BASE]} | {
-        recipe: [arm.name for arm in ARMS if arm.recipe == recipe] for recipe in NAMES if recipe != BASE
-    }
-    found = {recipe: [record for name in names[recipe] if (record := record_of(name)).get("cells")] for recipe in NAMES}
+    names = {recipe: [arm.name for arm in study.arms if arm.recipe == recipe] for recipe in NAMES} | {BASE: [BASE]}
+    found = {recipe: [one for name in names[recipe] if (one := study.record(name)).get("cells")] for recipe in NAMES}
     return {recipe: runs for recipe, runs in found.items() if runs}
 
 
@@ -201,12 +199,12 @@ def figure(found: Records, path: Path) -> None:
     drawing.savefig(path, dpi=150)
 
 
-def still_missing(found: Records) -> str:
+def still_missing(study: Study, found: Records) -> str:
     """What the plan has and the records have not."""
     lines = [
         f"- {NAMES[recipe]}: {len(found.get(recipe, ()))} of {planned} training seeds"
         for recipe in NAMES
-        if recipe != BASE and (planned := sum(arm.recipe == recipe for arm in ARMS)) > len(found.get(recipe, ()))
+        if recipe != BASE and (planned := sum(arm.recipe == recipe for arm in study.arms)) > len(found.get(recipe, ()))
     ]
     wanted = {label(*cell) for cell in TRANSFER}
     lines += [
@@ -233,12 +231,12 @@ def settings_line(found: Records) -> str:
 def base_log() -> str:
     """The base's training, in a sentence."""
     rows = [json.loads(line) for line in (ROOT / SHIPPED / METRICS).read_text().splitlines()]
-    return f"{rows[-1]['step']} steps, loss {rows[0]['loss']:.2f} to {rows[-1]['loss']:.4f}"
+    return f"{len(rows)} steps of four problems, loss {rows[0]['loss']:.2f} to {rows[-1]['loss']:.4f}"
 
 
-def write() -> None:
+def write(study: Study) -> None:
     """Write figure, tables and README from the records that are there."""
-    found = records()
+    found = records(study)
     figure(found, ROOT / "docs/evidence.png")
     parts = {
         "settings": settings_line(found),
@@ -249,7 +247,7 @@ def write() -> None:
         "ages": age_table(found),
         "held": held_table(found),
         "transfer": transfer_table(found),
-        "missing": still_missing(found),
+        "missing": still_missing(study, found),
     }
     fill(DOCS, parts)
     fill(README, {"evidence": f"{parts['answers']}\n\n{parts['comparisons']}\n\n{parts['settings']}"})

@@ -6,12 +6,13 @@
 # make lint       ruff and pyright
 # make tables     run the tests of the model families and write the README's tables
 # make demo-real  the same method on a real pretrained model (SmolLM2-135M)
+# make evidence   all arms of docs/evidence.md, hours; go on where it was stopped by the same command
 PYTHON ?= python3
 BIN := .venv/bin
 HEART := $(addprefix tests/test_,$(addsuffix .py,parity families simulation cache generation compiled foresight))
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-oldest test-newest bounds lint tables demo-real clean
+.PHONY: demo test test-oldest test-newest bounds lint tables demo-real evidence clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'vkvtrain needs Python 3.11 or newer: make PYTHON=python3.11')"
@@ -25,6 +26,9 @@ demo: .venv/installed
 
 demo-real: .venv/installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python recipes/smollm2/demo.py
+
+evidence: .venv/installed
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python recipes/smollm2/evidence.py
 
 test: .venv/installed
 	$(BIN)/python -m pytest -n 2 --dist worksteal

@@ -5,6 +5,7 @@ import pytest
 from scipy import stats
 
 from vkvtrain.ablation.statistics import (
+    crossed_interval,
     gap_closed,
     holm,
     interval,
@@ -188,3 +189,39 @@ def test_nothing_is_said_where_nothing_differs():
     assert resolution({0: [1.0]}, {0: [0.0]}) is None
     with pytest.raises(ValueError, match="same problems"):
         resolution(same, {0: [1.0]})
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.05, 0.15])
+def test_an_interval_over_runs_and_problems_covers_other_runs(spread):
+    """Grades of three training runs that differ by `spread`, on the same problems, some of which are harder."""
+    rng = np.random.default_rng(3)
+    covered = narrow = 0
+    for _ in range(EXPERIMENTS):
+        chances = 0.5 + spread * rng.standard_normal((3, 1)) + rng.uniform(-0.3, 0.3, 150)
+        grades = (rng.random((3, 150)) < chances).astype(float)
+        covered += covers(crossed_interval(grades.tolist()), 0.5)
+        narrow += covers(interval(grades.mean(0).tolist()), 0.5)
+    assert covered / EXPERIMENTS >= 0.92
+    if spread == 0.15:
+        assert narrow / EXPERIMENTS < 0.7  # what an interval over problems alone is worth here
+
+
+def test_an_interval_over_runs_and_problems_by_hand():
+    table = np.array([[1.0, 0.0, 1.0, 1.0], [0.0, 0.0, 1.0, 0.0], [1.0, 0.0, 1.0, 1.0]])
+    found = crossed_interval(table.tolist())
+    # mean squares of the two-way layout: runs 1/3, problems 19/36, rest 1/9, with 2, 3 and 6 degrees of freedom
+    total = 1 / 3 + 19 / 36 - 1 / 9
+    freedom = total**2 / ((1 / 3) ** 2 / 2 + (19 / 36) ** 2 / 3 + (1 / 9) ** 2 / 6)
+    half = stats.t.ppf(0.975, freedom) * (total / 12) ** 0.5
+    assert found["value"] == pytest.approx(7 / 12)
+    assert found["high"] - found["value"] == pytest.approx(half)
+    assert found["value"] - found["low"] == pytest.approx(half)
+
+
+def test_an_interval_of_one_run_or_of_equal_grades_is_that_over_problems():
+    grades = [0.0, 1.0, 1.0, 0.0, 1.0] * 20
+    assert crossed_interval([grades]) == interval(grades)
+    assert crossed_interval([[1.0] * 50] * 3) == interval([1.0] * 50)
+    # runs that agree problem by problem say nothing new, and are not taken for three times as many problems
+    same = crossed_interval([grades] * 3)
+    assert same["high"] - same["low"] == pytest.approx(interval(grades)["high"] - interval(grades)["low"], rel=0.1)

@@ -81,9 +81,9 @@ def test_benchmarks_load_and_grade(name, data):
 def test_every_task_is_ours_and_repeats_as_published():
     names = set(manager().all_tasks)
     assert names >= {f"vkv_{name}" for name in ROWS}
-    assert names >= {"vkv_passcode", "vkv_passcode_scored", "tiny_keyed_sum", "vkv_gym_countdown"}
+    assert names >= {"vkv_passcode", "vkv_passcode_scored", "tiny_keyed_sum", "vkv_gym_countdown", "vkv_ledger"}
     assert all(name.startswith("vkv_") or name == "tiny_keyed_sum" for name in names)
-    for name in ("vkv_passcode", "tiny_keyed_sum"):
+    for name in ("vkv_passcode", "tiny_keyed_sum", "vkv_ledger"):
         assert len(load(name, problems=3).eval_docs) == 3
 
 

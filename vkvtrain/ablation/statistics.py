@@ -65,6 +65,32 @@ def paired_interval(ours: Sequence[float], theirs: Sequence[float], seed: int = 
     return {"value": 0.0, "low": -spread, "high": spread}
 
 
+def crossed_interval(grades: Sequence[Sequence[float]]) -> Estimate:
+    """Mean over training runs and problems, and its 95% interval, which covers other runs *and* other problems.
+
+    Both are samples: grade = mean + run + problem + rest. With R runs and P problems, each graded once by each, the
+    variance of the mean is estimated by `(MS_runs + MS_problems - MS_rest) / (R P)` from the mean squares of the
+    two-way layout, no component less than zero, and t has Satterthwaite's degrees of freedom. Few runs that differ
+    make a wide interval. Where nothing varies, or with one run, it is `interval` over problems.
+
+    Args:
+        grades: [runs][problems], or differences of two arms, paired by problem and by the run's seed.
+    """
+    table = np.asarray(grades, dtype=float)
+    runs, problems = table.shape
+    if runs == 1 or not np.ptp(table):
+        return interval(table.mean(0).tolist())
+    mean = table.mean()
+    by_run, by_problem = table.mean(1) - mean, table.mean(0) - mean
+    rest = table - mean - by_run[:, None] - by_problem
+    degrees = np.array([runs - 1, problems - 1, (runs - 1) * (problems - 1)])
+    squares = np.array([problems * (by_run**2).sum(), runs * (by_problem**2).sum(), (rest**2).sum()]) / degrees
+    squares[:2] = np.maximum(squares[:2], squares[2])
+    total = squares[0] + squares[1] - squares[2]
+    half = stats.t.ppf(1 - ALPHA / 2, total**2 / (squares**2 / degrees).sum()) * math.sqrt(total / table.size)
+    return {"value": float(mean), "low": float(mean - half), "high": float(mean + half)}
+
+
 def permutation_p(ours: Sequence[float], theirs: Sequence[float], seed: int = 0) -> float:
     """Two-sided p of no mean difference: a paired permutation test (scipy), exact for few problems that differ.
 

@@ -34,8 +34,8 @@ MEASURED = (
 GPQA_COLUMNS = ("Question", "Correct Answer", *(f"Incorrect Answer {number}" for number in (1, 2, 3)))
 
 Problem = dict[str, Any]
-Grades = tuple[str | None, dict[str, bool]]
-"""The answer found in a response, and its grades by metric."""
+Grades = tuple[str | None, dict[str, float]]
+"""The answer found in a response, and its grades by metric, each from 0 to 1."""
 _TASK: Any = ConfigurableTask
 
 

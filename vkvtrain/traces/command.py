@@ -31,8 +31,9 @@ class Arguments:
     A row holds `prompt` and `completion`, ready for a recipe (`data.source`, with `data.response: written`), and
     where it is from. Interrupt it and run it again: finished attempts are in the journal beside the output.
 
-    Sources: `tiny:keyed_sum`; `reasoning_gym:<task>`, judged by the task's own scorer; or a JSONL or Parquet file, or a
-    data set on the Hub, with `problem` (or `question`) and `answer`, judged by math-verify.
+    Sources: `tiny:keyed_sum`; `ledger:people=4,events=6`, of which the whole trace must be right;
+    `reasoning_gym:<task>`, judged by the task's own scorer; or a JSONL or Parquet file, or a data set on the Hub, with
+    `problem` (or `question`) and `answer`, judged by math-verify.
     """
 
     model: str

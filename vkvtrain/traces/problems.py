@@ -1,4 +1,4 @@
-"""Problems to solve, and what judges an answer: the embedded task, reasoning-gym's tasks, problems with known answers.
+"""Problems to solve, and what judges an answer: generated tasks, reasoning-gym's, problems with known answers.
 
 A judge sees the final answer only, the part of a response after its thoughts. Knows nothing of models.
 """
@@ -10,12 +10,13 @@ from importlib.util import find_spec
 from itertools import islice
 from typing import Any
 
+from vkvtrain import ledger
 from vkvtrain.config import nearest
 from vkvtrain.evaluation.answers import last_boxed
 from vkvtrain.evaluation.thinking import final_answer
 from vkvtrain.tiny import task
 from vkvtrain.training.data.rows import Record
-from vkvtrain.training.data.sources import GENERATED, read_records
+from vkvtrain.training.data.sources import KEYED_SUM, is_generated, read_records
 from vkvtrain.training.settings import DataSettings
 
 GYM = "reasoning_gym:"
@@ -48,7 +49,8 @@ def problems(
     """(verifier, problems) of a source.
 
     Args:
-        source: `tiny:keyed_sum`, `reasoning_gym:<task>`, or a file or data set with problems and `answer`.
+        source: `tiny:keyed_sum`, `ledger:<dial>`, `reasoning_gym:<task>`, or a file or data set with problems and
+            `answer`.
         rows: how many; all of a file by default.
         seed: of what reasoning-gym generates.
         config, split: of a data set on the Hub.
@@ -57,10 +59,13 @@ def problems(
     Raises:
         ValueError: a source that cannot be had, or a row without problem, or without an answer that can be graded.
     """
-    if source in GENERATED:
+    if is_generated(source):
         if rows is None:
             raise ValueError(f"--rows is required for {source}: say how many problems to generate")
-        return "tiny:keyed_sum", (_keyed_sum(i, one) for i, one in enumerate(task.problems("train", 0, rows)))
+        if source == KEYED_SUM:
+            return KEYED_SUM, (_keyed_sum(i, one) for i, one in enumerate(task.problems("train", 0, rows)))
+        dial = ledger.Dial.parse(source)
+        return "ledger", (_ledger(i, one) for i, one in enumerate(ledger.problems("train", rows, dial)))
     if source.startswith(GYM):
         return GYM.rstrip(":"), _gym(source.removeprefix(GYM), rows, seed, think_end)
     if find_spec("math_verify") is None:
@@ -77,6 +82,13 @@ def _keyed_sum(number: int, one: task.Problem) -> Problem:
     return Problem(
         number, f"tiny:keyed_sum, problem {number}", one.prompt, f"{one.answer}@{one.passcode}", False, accepts
     )
+
+
+def _ledger(number: int, one: ledger.Problem) -> Problem:
+    def accepts(prompt: str, response: str) -> bool:
+        return ledger.grade(one.prompt, response, one.response).trace
+
+    return Problem(number, one.prompt, one.answer, False, accepts)
 
 
 def _gym(name: str, rows: int | None, seed: int, think_end: str | None) -> Iterator[Problem]:

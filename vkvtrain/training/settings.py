@@ -47,8 +47,8 @@ DataFormat = Literal["prompt_completion", "messages", "conversations", "problem_
 
 class DataSettings(Settings):
     source: str
-    """A JSONL or Parquet file, a data set on the Hub (`org/name`), a directory that `datasets` loads, or
-    `tiny:keyed_sum`, generated."""
+    """A JSONL or Parquet file, a data set on the Hub (`org/name`), a directory that `datasets` loads, or generated:
+    `tiny:keyed_sum`, or `ledger:people=4,events=6` (`vkvtrain/ledger.py`)."""
     config: str | None = None
     """Configuration of a data set on the Hub."""
     split: str = "train"

@@ -1,4 +1,4 @@
-"""Where rows come from: JSONL and Parquet files, data sets on the Hub, the embedded task.
+"""Where rows come from: JSONL and Parquet files, data sets on the Hub, tasks whose problems are generated.
 
 A source is read twice where its rows must be counted, and never held in memory as a whole. Knows nothing of formats.
 """
@@ -11,13 +11,15 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from vkvtrain import ledger
 from vkvtrain.config import nearest
 from vkvtrain.tiny import task
 from vkvtrain.training.data.rows import Record
 from vkvtrain.training.settings import DataSettings
 
-GENERATED = ("tiny:keyed_sum",)
-"""Sources that are generated instead of read."""
+KEYED_SUM = "tiny:keyed_sum"
+GENERATED = (KEYED_SUM, ledger.SOURCE)
+"""Sources that are generated instead of read; `ledger:` is followed by its dial, `ledger:people=4,events=6`."""
 FILES = (".jsonl", ".json", ".parquet")
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -29,10 +31,10 @@ def read_records(settings: DataSettings) -> tuple[Iterator[Record], Iterator[Rec
         ValueError: a source that is missing or too small; on the way, a malformed row with its number.
     """
     source = settings.source
-    if source in GENERATED:
+    if is_generated(source):
         if settings.rows is None:
             raise ValueError(f"data.rows is required for {source}: say how many problems to generate")
-        return generate("train", settings.rows), generate("validation", settings.held_out)
+        return generate(source, "train", settings.rows), generate(source, "validation", settings.held_out)
     if source.startswith("tiny:"):
         raise ValueError(f"data.source: there is no {source!r}{nearest(source, list(GENERATED))}")
     path = Path(source)
@@ -51,11 +53,25 @@ def is_file(source: str) -> bool:
     return Path(source).suffix in FILES or Path(source).is_file()
 
 
-def generate(split: task.Split, count: int) -> Iterator[Record]:
-    """The first problems of a split of the embedded task; seed 0, as everywhere."""
-    for number, problem in enumerate(task.problems(split, 0, count)):
-        values = asdict(problem) | {"completion": problem.response}
-        yield Record(values, f"tiny:keyed_sum, {split} problem {number + 1}", number)
+def is_generated(source: str) -> bool:
+    """Whether a source is generated instead of read."""
+    return source == KEYED_SUM or source.startswith(ledger.SOURCE)
+
+
+def generate(source: str, split: task.Split, count: int) -> Iterator[Record]:
+    """The first problems of a split of a generated source; the embedded task has seed 0, as everywhere.
+
+    Raises:
+        ValueError: a ledger's dial that does not hold, at once.
+    """
+    if source == KEYED_SUM:
+        problems = task.problems(split, 0, count)
+    else:
+        problems = ledger.problems(split, count, ledger.Dial.parse(source))
+    return (
+        Record(asdict(problem) | {"completion": problem.response}, f"{source}, {split} problem {number + 1}", number)
+        for number, problem in enumerate(problems)
+    )
 
 
 def read_jsonl(path: Path) -> Iterator[Record]:

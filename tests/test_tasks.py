@@ -71,7 +71,7 @@ def test_benchmarks_load_and_grade(name, data):
     assert settings["until"] == []
     assert task.config.repeats == 3
     right = f"\\boxed{{{doc['answer']}}}" if name == "gpqa_diamond" else RIGHT.get(name, "so \\boxed{4}")
-    graded = task.process_results(doc, [[right, f"\\boxed{{9}}<think>{right}", "</think>" + right]])
+    graded = task.process_results(doc, [[right, f"<think>\\boxed{{9}}{right}", "</think>" + right]])
     assert graded["exact_match"] == pytest.approx(2 / 3)
     assert [row["exact_match"] for row in graded["responses"]] == [1, 0, 1]
     assert set(graded) <= set(task.aggregation())

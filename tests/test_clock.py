@@ -113,14 +113,14 @@ def test_a_run_keeps_the_day_that_it_began_on(conversations, tmp_path, monkeypat
     tiny = loop.load_tokenizer(settings)
     tiny.chat_template = "{{ 'd' + strftime_now('%d') + 'm' }}{% for m in messages %}{{ m.content }}{% endfor %}"
     monkeypatch.setattr(loop, "load_tokenizer", lambda recipe: tiny)
-    seen, inner = [], loop.load_data
+    seen, inner = [], loop.fitting_data
 
     def noted(*args, **kwargs):
         data = inner(*args, **kwargs)
         seen.append(tiny.decode(data.train[0].input_ids)[:8])
         return data
 
-    monkeypatch.setattr(loop, "load_data", noted)
+    monkeypatch.setattr(loop, "fitting_data", noted)
     on(monkeypatch, date(2026, 11, 24))
     train(settings)
     assert yaml.safe_load((settings.output / "recipe.yaml").read_text())["data"]["date"] == "2026-11-24"

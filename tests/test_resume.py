@@ -24,12 +24,13 @@ from safetensors.torch import load_file, save_file
 from short_runs import adapter_bytes, metrics, short_recipe
 from transformers import AutoModelForCausalLM
 
+from vkvtrain import locking
 from vkvtrain.identity import model_identity
 from vkvtrain.locking import locked
 from vkvtrain.tiny import MODEL_PATH
 from vkvtrain.training import checkpoints, interrupts, loop, resume
 from vkvtrain.training.checkpoints import CHECKPOINTS, MANIFEST, newest_checkpoint, what_is_wrong, write_checkpoint
-from vkvtrain.training.data import load_data
+from vkvtrain.training.fit import fitting_data
 from vkvtrain.training.interrupts import Interrupted, interruptible
 from vkvtrain.training.logs import MetricsFile, read_metrics
 from vkvtrain.training.loop import train
@@ -338,10 +339,10 @@ def test_other_data_do_not_continue_a_run(stopped, monkeypatch):
 
 
 def edited(part, change):
-    """`load_data` with a change to the rows of one part, as if their file had been edited."""
+    """`fitting_data` with a change to the rows of one part, as if their file had been edited."""
 
     def load(*args, **kwargs):
-        data = load_data(*args, **kwargs)
+        data = fitting_data(*args, **kwargs)
         rows = getattr(data, part)
         change(rows)
         return data
@@ -366,10 +367,10 @@ def exchanged(rows):
 def test_edited_rows_do_not_continue_a_run(tmp_path, monkeypatch, part, change):
     """Labels under the same lengths, where the loss begins, held-out rows."""
     settings = stop_after(recipe(tmp_path / "run", data={"held_out": 2}), 1)
-    monkeypatch.setattr(loop, "load_data", edited(part, change))
+    monkeypatch.setattr(loop, "fitting_data", edited(part, change))
     with pytest.raises(ValueError, match=r"on other data \(data.source has changed\)"):
         train(settings)
-    monkeypatch.setattr(loop, "load_data", load_data)
+    monkeypatch.setattr(loop, "fitting_data", fitting_data)
     train(settings)
 
 
@@ -410,6 +411,36 @@ def test_two_runs_in_one_output_at_once_are_refused(stopped):
     assert seen == [3]
     assert len(logged(stopped.output)) == 3
     train(stopped)
+
+
+def test_a_directory_that_was_made_for_its_lock_alone_goes_with_it(tmp_path):
+    with pytest.raises(ValueError, match="refused"), locked(tmp_path / "new", "x"):
+        raise ValueError("refused")
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "empty").mkdir()
+    with locked(tmp_path / "empty", "x"):
+        pass
+    assert (tmp_path / "empty").is_dir()
+    with locked(tmp_path / "used", "x"):
+        (tmp_path / "used" / "file").touch()
+    assert (tmp_path / "used" / "file").exists()
+
+
+def test_a_lock_whose_file_was_removed_by_its_last_holder_is_taken_again(tmp_path, monkeypatch):
+    """Removed between opening and locking: a lock on what has no name would keep nobody out."""
+    inner, calls = locking.fcntl.flock, []
+
+    def late(file, operation):
+        calls.append(None)
+        if len(calls) == 1:
+            (tmp_path / "run" / "lock").unlink()
+        inner(file, operation)
+
+    monkeypatch.setattr(locking.fcntl, "flock", late)
+    with locked(tmp_path / "run", "x"):
+        assert len(calls) == 2
+        with pytest.raises(ValueError, match="is in use by y"), locked(tmp_path / "run", "y"):
+            pass
 
 
 def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch):

@@ -51,7 +51,7 @@ def changed_versions(directory: Path) -> list[str]:
     path = directory / "environment.json"
     now = environment()
     before = json.loads(path.read_bytes()) if path.is_file() else now
-    return [f"{name} {value} instead of {before[name]}" for name, value in now.items() if before.get(name) != value]
+    return [f"{name} {value} instead of {before.get(name)}" for name, value in now.items() if before.get(name) != value]
 
 
 def base_identity(directory: Path) -> str | None:

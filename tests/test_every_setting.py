@@ -99,7 +99,7 @@ ROWS: dict[str, tuple[list[dict], dict, object]] = {
 
 ELSEWHERE = (
     "model.name", "model.revision", "model.quantization", "model.gradient_checkpointing", "data.source", "data.config",
-    "data.split", "data.revision", "lora.continue_from", "training.batch_per_device", "checkpoint.every",
+    "data.split", "data.revision", "data.date", "lora.continue_from", "training.batch_per_device", "checkpoint.every",
     "checkpoint.keep", "log.tracker", "output", "data.packing", "data.packing_length", "log.generate_samples",
 )  # fmt: skip
 """Settings with a test of their own below."""
@@ -118,7 +118,7 @@ def recipe(tmp_path, name="run", **settings):
 def outcome(tmp_path, name, settings):
     """What a run leaves: its adapter's bytes, and its log without clocks and memory."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("vkvtrain.training.loop.write_report", lambda _: None)  # takes longer than the steps
+        patch.setattr("vkvtrain.training.ending.write_report", lambda _: None)  # takes longer than the steps
         train(recipe(tmp_path, name, **{**SMALL, **settings}))
     kept = ("tokens_per_second", "peak_memory_gib")
     rows = [yaml.safe_load(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
@@ -164,6 +164,15 @@ def test_a_setting_changes_the_rows(tmp_path, name):
 
     assert rows() == rows()
     assert rows(**{name.partition(".")[2]: value}) != rows()
+
+
+def test_the_date_is_what_the_template_says(tmp_path):
+    tokenizer = chat_tokenizer("phi4")
+    tokenizer.chat_template = "{{ strftime_now('%Y-%m-%d') }}" + tokenizer.chat_template
+    source = write(tmp_path / "rows.jsonl", json.dumps(CHAT) + "\n")
+    for day in ("2024-01-02", "2025-03-04"):
+        (row,) = load_data(DataSettings(source=str(source), held_out=0, date=day), tokenizer).train
+        assert tokenizer.decode(row.input_ids).startswith(day)
 
 
 def test_what_is_asked_of_a_data_set(monkeypatch):

@@ -95,8 +95,8 @@ def test_in_a_simulation_on_a_cpu():
     assert all((a - b).abs().max() < 1e-9 for a, b in zip(ours, theirs, strict=True))
     ids, mask = right_padded(rows)
     with (
-        simulated_eviction(model, config, [7, 30], backend="flex"),
         pytest.raises(ValueError, match="use backend='auto'"),
+        simulated_eviction(model, config, [7, 30], backend="flex"),
     ):
         model(input_ids=ids, attention_mask=mask)
     query = torch.zeros(1, 4, 8, 64)

@@ -170,7 +170,7 @@ def test_engines_that_shard_the_model_are_refused(tmp_path, kind, stage, refused
     accelerator = SimpleNamespace(
         distributed_type=kind, state=SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=stage))
     )
-    check_on_policy(recipe(tmp_path, objective="distill"), accelerator)
+    check_on_policy(recipe(tmp_path, objective="distill", rollout_tokens=None), accelerator)
     if not refused:
         check_on_policy(recipe(tmp_path), accelerator)
         return

@@ -26,7 +26,10 @@ def refuse_without_effect(settings: Settings, names: Sequence[str], why: str) ->
     for name in names:
         default = type(settings).model_fields[name].get_default(call_default_factory=True)
         if getattr(settings, name) != default:
-            raise ValueError(f"{name} ({getattr(settings, name)!r}) is without effect, as {why}: leave it out")
+            value = getattr(settings, name)
+            raise ValueError(
+                f"{name} ({value!r}) is without effect, as {why}: leave it out (its default is {default!r})"
+            )
 
 
 class ModelSettings(Settings):

@@ -90,9 +90,11 @@ def publish(*arguments):
 
 
 def refused(capsys, *arguments):
-    """The one sentence on standard error."""
+    """The one sentence on standard error, beside bars of progress."""
+    capsys.readouterr()
     assert main(["publish", *map(str, arguments)]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
+    *progress, line = capsys.readouterr().err.splitlines()
+    assert all(bar.lstrip().startswith(("Loading weights", "Writing model")) or not bar.strip() for bar in progress)
     return line
 
 

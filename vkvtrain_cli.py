@@ -20,24 +20,25 @@ Fine-tune models while their KV cache is being evicted, and evaluate them with t
               vkvtrain train qwen3-0.6b --data.source traces.jsonl
               vkvtrain train qwen3-8b --gpus 8             # through accelerate launch
   recipes     what is shipped, with memory and what was measured; vkvtrain recipes copy qwen3-0.6b to change one
-  plan        memory per device, FLOPs and time of a training step, slots and tokens/s of decoding, each with its formula:
+  plan        memory per device, FLOPs and time of a training step, slots and tokens/s of decoding, with formulas:
               vkvtrain plan qwen3-8b --gpus 8 --strategy fsdp2 --device h100
-  data        generate: training traces by the model itself under the full cache, kept if a verifier says they are right:
+  data        generate: traces by the model itself under the full cache, kept if a verifier says they are right:
               vkvtrain data generate --model Qwen/Qwen3-0.6B --source problems.jsonl --output traces.jsonl
               preview: rows as the trainer sees them, their lengths, evictions and loss masks:
               vkvtrain data preview qwen3-0.6b --data.source traces.jsonl
-  inspect     what a policy keeps of a text, as a table, a picture and a page; without arguments, of the embedded model's
-              own task: vkvtrain inspect --model Qwen/Qwen3-0.6B --text story.txt --policy vase_attnv --compare snapkv
+  inspect     what a policy keeps of a text, as a table, a picture and a page; without arguments, of the embedded
+              model's own task: vkvtrain inspect --model Qwen/Qwen3-0.6B --text story.txt --compare snapkv
   lm-eval     lm-eval with the model `vkv`, whose generation uses the evicting cache; takes lm-eval's own arguments
               (peft=... adds an adapter; without policy= the cache is full): vkvtrain lm-eval run --model vkv
               --model_args pretrained=...,policy=vase_attnv,budget=2048,window=64 --tasks ... --output_path ...
   ablate      a grid of models, policies, budgets, tasks and seeds with its controls, each cell an lm-eval process;
               a rerun continues: vkvtrain ablate quickstart --limit 50
-  results     list, filter and export what a sweep measured: vkvtrain results runs/sweeps/quickstart --where "budget = 64"
+  results     list, filter and export what a sweep measured:
+              vkvtrain results runs/sweeps/quickstart --where "budget = 64"
   report      Markdown and a page of a sweep, with intervals, comparisons and curves:
               vkvtrain report runs/sweeps/quickstart
-  publish     a finished run as a directory or Hub repository that stands on its own: adapter or merged weights, eviction
-              setting, tokenizer, model card with what was measured:
+  publish     a finished run as a directory or Hub repository that stands on its own: adapter or merged weights,
+              eviction setting, tokenizer, model card with what was measured:
               vkvtrain publish runs/x --results runs/sweeps/x --to DIR --push user/name
   chat        talk to a published model or a finished run while its cache is evicted: vkvtrain chat DIR
 

@@ -21,10 +21,13 @@ SIGTERM 143 and Ctrl-C 130, each after a checkpoint; something that could not be
 
 import sys
 
-from vkvtrain.training.command import finetune
+from vkvtrain_cli import wait_passively
 
 
 def main(arguments: list[str]) -> int:
+    wait_passively()  # before torch is imported
+    from vkvtrain.training.command import finetune
+
     return finetune(arguments, __doc__ or "")
 
 

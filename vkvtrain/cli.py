@@ -5,9 +5,10 @@ import sys
 from itertools import takewhile
 from typing import Any
 
+from vkvtrain.shipped import TASKS, shipped, tasks_directory
 from vkvtrain_cli import main
 
-__all__ = ["data", "generation_settings", "lm_eval", "main"]
+__all__ = ["data", "generation_settings", "lm_eval", "main", "with_tasks"]
 _DATA_HELP = """usage: vkvtrain data {generate,preview} ...
 
   generate   training traces by the model itself under the full cache, kept if a verifier says they are right
@@ -45,6 +46,19 @@ def generation_settings(arguments: list[str]) -> dict[str, Any]:
     return given
 
 
+def with_tasks(arguments: list[str]) -> list[str]:
+    """lm-eval's arguments with the shipped tasks beside its own, where no other directory is given.
+
+    `eval/tasks` is the shipped directory wherever the current one has none of that name.
+    """
+    options = [argument.split("=")[0] for argument in arguments]
+    if arguments[:1] == ["run"] and "--include_path" not in options and not {"-h", "--help"} & set(arguments):
+        return [*arguments, "--include_path", str(shipped("eval") / "tasks")]
+    if TASKS in arguments and "--include_path" in options:
+        return [tasks_directory(argument) if argument == TASKS else argument for argument in arguments]
+    return arguments
+
+
 def lm_eval(arguments: list[str]) -> None:
     """lm-eval's own command line with the model `vkv` registered; 0.4.13 finds no plugins by itself."""
     if any(argument.split("=")[0] in ("--use_cache", "-c") for argument in arguments):
@@ -60,6 +74,7 @@ def lm_eval(arguments: list[str]) -> None:
     from vkvtrain.evaluation.sampling import check_generation
 
     check_generation(generation_settings(arguments))
+    arguments = with_tasks(arguments)
     sys.argv = ["vkvtrain lm-eval", *arguments]
     cli_evaluate()
 

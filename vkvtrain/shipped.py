@@ -10,6 +10,8 @@ from typing import Literal
 
 DEFAULT = "vase"
 """The recipe of a model's directory that is meant where only the directory is named."""
+TASKS = "eval/tasks"
+"""How sweeps and commands name the shipped tasks."""
 _PACKAGE = Path(__file__).parent
 
 
@@ -38,6 +40,11 @@ def recipes() -> dict[str, Path]:
 def sweeps() -> dict[str, Path]:
     """The shipped sweeps by name."""
     return {path.stem: path for path in sorted((shipped("eval") / "sweeps").glob("*.yaml"))}
+
+
+def tasks_directory(given: str) -> str:
+    """A directory of task files as given; `eval/tasks` is the shipped one where the current directory has none."""
+    return str(shipped("eval") / "tasks") if given == TASKS and not Path(given).is_dir() else given
 
 
 def find_recipe(given: str) -> Path:

@@ -17,9 +17,9 @@ from vkvtrain.training.watch import Failed
 
 HELP = """usage: vkvtrain train RECIPE [--gpus N] [--SETTING VALUE ...]
 
-Fine-tune a model with LoRA while its KV cache is being evicted. RECIPE is the name of a shipped recipe (`vkvtrain recipes`)
-or a YAML file; any setting of it can be overridden: `--optim.learning_rate 1e-3`, or `--budget 64` where the name is
-unique.
+Fine-tune a model with LoRA while its KV cache is being evicted. RECIPE is the name of a shipped recipe (`vkvtrain
+recipes`) or a YAML file; any setting of it can be overridden: `--optim.learning_rate 1e-3`, or `--budget 64` where the
+name is unique.
 
     vkvtrain train tiny                                            the embedded model, on a CPU
     vkvtrain train qwen3-0.6b --data.source traces.jsonl           in this process, on a GPU if there is one
@@ -90,7 +90,7 @@ def parse_launch(arguments: Sequence[str]) -> tuple[Launch, list[str]]:
     """What is asked of the launcher, and the arguments of the run.
 
     Raises:
-        ValueError: an option without a value or with one that does not hold, or machines that could not find each other.
+        ValueError: an option without a value or with one that does not hold, or machines that cannot find each other.
     """
     given: dict[str, str] = {}
     rest, left = [], list(arguments)
@@ -175,3 +175,4 @@ def main(arguments: list[str]) -> int:
     started = launch.command(rest)
     print(f"$ {shlex.join(started)}", flush=True)
     os.execv(started[0], started)
+    return 0  # where a test put something else in its place

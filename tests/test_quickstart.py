@@ -49,7 +49,8 @@ def shipped(trained, ship, tmp_path_factory):
 
 def test_shipped_adapters_are_those_that_were_measured_and_name_no_machine(shipped, trained):
     for name in ADAPTERS:
-        assert adapter_hash(shipped / name) == adapter_hash(trained / name)
+        weights = [directory / name / "adapter_model.safetensors" for directory in (shipped, trained)]
+        assert weights[0].read_bytes() == weights[1].read_bytes()
         texts = [path.read_text() for path in (shipped / name).iterdir() if path.suffix != ".safetensors"]
         assert not any(str(part) in text for text in texts for part in (ROOT, trained))
         assert json.loads((shipped / name / "results.json").read_text())[0]["adapter"] == adapter_hash(shipped / name)
@@ -99,10 +100,10 @@ def test_what_is_said_to_be_evicted_is_what_decoding_evicts(shipped):
 
 
 def test_settings_that_do_not_hold(tmp_path, shipped):
-    with pytest.raises(ValueError, match="holds no adapter: train both by make demo"):
+    with pytest.raises(ValueError, match="holds no adapter: train both"):
         quickstart.load_models(tmp_path)
     for wrong in ({"problems": 0}, {"shown": -1}, {"budgets": ()}, {"budgets": (60,)}):
-        with pytest.raises(ValueError, match="problems|shown|budget"):
+        with pytest.raises(ValueError, match=r"problems|shown|budget"):
             quickstart.run(quickstart.Arguments(adapters=shipped, **wrong), Console(file=io.StringIO()))
 
 

@@ -53,6 +53,7 @@ def ship(source: Path, target: Path, adapter: str) -> int:
     recipe = yaml.safe_load((run / RECIPE).read_text()) | {"output": f"runs/demo/{adapter}"}
     (shipped / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     (shipped / RECIPE).write_text(yaml.safe_dump(recipe, sort_keys=False))
+    rows = [{**row, "adapter": adapter_hash(shipped)} for row in rows]  # the same weights under another base's name
     (shipped / "results.json").write_text(json.dumps(rows, indent=2) + "\n")
     return sum(path.stat().st_size for path in shipped.iterdir())
 

@@ -21,30 +21,14 @@ SIGTERM 143 and Ctrl-C 130, each after a checkpoint; something that could not be
 
 import sys
 
-from vkvtrain.training.interrupts import Interrupted
-from vkvtrain.training.loop import train
-from vkvtrain.training.overrides import describe_settings, load_recipe, parse_command
-from vkvtrain.training.run_directory import Incomplete
-from vkvtrain.training.watch import Failed
+from vkvtrain_cli import wait_passively
 
 
 def main(arguments: list[str]) -> int:
-    try:
-        command = parse_command(arguments)
-        if command.help or command.recipe is None:
-            print(f"{__doc__}\nSettings [default]:\n{describe_settings()}")
-            return 0
-        train(load_recipe(command.recipe, command.overrides), dry_run=command.dry_run, overwrite=command.overwrite)
-    except ValueError as error:
-        print(f"finetune: {error}", file=sys.stderr)
-        return 2
-    except (Failed, Incomplete) as failure:
-        print(f"finetune: {failure}", file=sys.stderr)
-        return 1
-    except Interrupted as interrupted:
-        print(f"finetune: {interrupted}", file=sys.stderr)
-        return interrupted.status
-    return 0
+    wait_passively()  # before torch is imported
+    from vkvtrain.training.command import finetune
+
+    return finetune(arguments, __doc__ or "")
 
 
 if __name__ == "__main__":

@@ -1,38 +1,14 @@
-"""The `vkvtrain` command."""
+"""`vkvtrain data` and `vkvtrain lm-eval`; as `python -m vkvtrain.cli`, which launchers start, all commands."""
 
 import json
 import sys
 from itertools import takewhile
 from typing import Any
 
-_HELP = """usage: vkvtrain [-h] [--version] COMMAND ...
+from vkvtrain.shipped import TASKS, shipped, tasks_directory
+from vkvtrain_cli import main
 
-Fine-tune models while their KV cache is being evicted, and evaluate them with the evicting cache. In the order of use:
-
-  plan      memory per device, FLOPs and time of a training step, slots and tokens/s of decoding, each with its formula:
-            vkvtrain plan --model-config qwen3-8b --seq 32768 --budget 4096 --gpus 8 --strategy fsdp2 --device h100
-  data      generate: training traces by the model itself under the full cache, kept if a verifier says they are right:
-            vkvtrain data generate --model Qwen/Qwen3-0.6B --source problems.jsonl --output traces.jsonl
-            preview: rows as the trainer sees them, their lengths, evictions and loss masks:
-            vkvtrain data preview recipes/tiny/vase.yaml
-  inspect   what a policy keeps of a text, as a table, a picture and a page; without arguments, of the embedded model's
-            own task: vkvtrain inspect --model Qwen/Qwen3-0.6B --text story.txt --policy vase_attnv --compare snapkv
-  lm-eval   lm-eval with the model `vkv`, whose generation uses the evicting cache; takes lm-eval's own arguments
-            (peft=... adds an adapter; without policy= the cache is full): vkvtrain lm-eval run --model vkv
-            --model_args pretrained=...,policy=vase_attnv,budget=2048,window=64 --tasks ... --output_path ...
-  ablate    a grid of models, policies, budgets, tasks and seeds with its controls, each cell an lm-eval process;
-            a rerun continues: vkvtrain ablate eval/sweeps/quickstart.yaml --limit 50
-  results   list, filter and export what a sweep measured: vkvtrain results runs/sweeps/quickstart --where "budget = 64"
-  report    Markdown and a page of a sweep, with intervals, comparisons and curves:
-            vkvtrain report runs/sweeps/quickstart
-  publish   a finished run as a directory or Hub repository that stands on its own: adapter or merged weights, eviction
-            setting, tokenizer, model card with what was measured:
-            vkvtrain publish runs/x --results runs/sweeps/x --to DIR --push user/name
-  chat      talk to a published model or a finished run while its cache is evicted: vkvtrain chat DIR
-
-Training is launched by recipes, between data and lm-eval: see recipes/finetune.py --help. The whole path on the
-embedded model is docs/walkthrough.md. Every command has its own --help.
-"""
+__all__ = ["data", "generation_settings", "lm_eval", "main", "with_tasks"]
 _DATA_HELP = """usage: vkvtrain data {generate,preview} ...
 
   generate   training traces by the model itself under the full cache, kept if a verifier says they are right
@@ -40,32 +16,6 @@ _DATA_HELP = """usage: vkvtrain data {generate,preview} ...
 
 Each has its own --help.
 """
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Run a subcommand; returns the exit status."""
-    rest = list(sys.argv[1:] if arguments is None else arguments)
-    if not rest or rest[0] in ("-h", "--help"):
-        print(_HELP, end="")
-        return 0
-    if rest[0] == "--version":
-        from vkvtrain import __version__
-
-        print(__version__)
-        return 0
-    commands = {
-        command.__name__.replace("_", "-"): command
-        for command in (plan, data, inspect, lm_eval, ablate, results, report, publish, chat)
-    }
-    if rest[0] not in commands:
-        print(f"vkvtrain: there is no command {rest[0]!r} (known: {', '.join(commands)})", file=sys.stderr)
-        return 2
-    try:
-        commands[rest[0]](rest[1:])
-    except ValueError as error:
-        print(f"vkvtrain {rest[0]}: {error}", file=sys.stderr)
-        return 2
-    return 0
 
 
 def data(arguments: list[str]) -> None:
@@ -82,20 +32,6 @@ def data(arguments: list[str]) -> None:
     run(arguments[1:])
 
 
-def plan(arguments: list[str]) -> None:
-    """Memory, FLOPs and speed on paper."""
-    from vkvtrain.planning.command import main as run
-
-    run(arguments)
-
-
-def inspect(arguments: list[str]) -> None:
-    """What a policy keeps of a text."""
-    from vkvtrain.inspection.command import main as show
-
-    show(arguments)
-
-
 def generation_settings(arguments: list[str]) -> dict[str, Any]:
     """What follows `--gen_kwargs`: `name=value`, several of them separated by commas or spaces, or a JSON object."""
     from lm_eval.utils import simple_parse_args_string
@@ -108,6 +44,19 @@ def generation_settings(arguments: list[str]) -> dict[str, Any]:
             for part in [value] if equals else rest:
                 given |= json.loads(part) if part.startswith("{") else simple_parse_args_string(part)
     return given
+
+
+def with_tasks(arguments: list[str]) -> list[str]:
+    """lm-eval's arguments with the shipped tasks beside its own, where no other directory is given.
+
+    `eval/tasks` is the shipped directory wherever the current one has none of that name.
+    """
+    options = [argument.split("=")[0] for argument in arguments]
+    if arguments[:1] == ["run"] and "--include_path" not in options and not {"-h", "--help"} & set(arguments):
+        return [*arguments, "--include_path", str(shipped("eval") / "tasks")]
+    if TASKS in arguments and "--include_path" in options:
+        return [tasks_directory(argument) if argument == TASKS else argument for argument in arguments]
+    return arguments
 
 
 def lm_eval(arguments: list[str]) -> None:
@@ -125,43 +74,9 @@ def lm_eval(arguments: list[str]) -> None:
     from vkvtrain.evaluation.sampling import check_generation
 
     check_generation(generation_settings(arguments))
+    arguments = with_tasks(arguments)
     sys.argv = ["vkvtrain lm-eval", *arguments]
     cli_evaluate()
-
-
-def ablate(arguments: list[str]) -> None:
-    """Run a sweep."""
-    from vkvtrain.ablation.command import ablate as run
-
-    run(arguments)
-
-
-def results(arguments: list[str]) -> None:
-    """List, filter and export the results of a sweep."""
-    from vkvtrain.ablation.command import results as show
-
-    show(arguments)
-
-
-def report(arguments: list[str]) -> None:
-    """Write the report of a sweep."""
-    from vkvtrain.ablation.command import report as write
-
-    write(arguments)
-
-
-def publish(arguments: list[str]) -> None:
-    """From a finished run to a directory or Hub repository."""
-    from vkvtrain.publishing.command import main as export
-
-    export(arguments)
-
-
-def chat(arguments: list[str]) -> None:
-    """Talk to a model whose cache is evicted."""
-    from vkvtrain.chat import main as talk
-
-    talk(arguments)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from vkvtrain.config import EvictionConfig
 from vkvtrain.ends import end_tokens, saved_ends, stop_at
 from vkvtrain.rope import fixed_rope
 from vkvtrain.support import ATTENTION, layer_kinds
+from vkvtrain.tiny import embedded
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +94,7 @@ def load_config(name: str, revision: str | None = None, **arguments: Any) -> Any
 def _adapted(name: str, revision: str | None, dtype: Any, place: torch.device) -> Any:
     """The base model with the adapter; `from_pretrained` alone would look for the base under the adapter's revision."""
     adapter = read_adapter(name, "adapter", revision)
-    base = adapter.config.base_model_name_or_path
+    base = embedded(adapter.config.base_model_name_or_path or "")
     if not base:
         raise ValueError(f"{name!r}: adapter_config.json names no base model (base_model_name_or_path)")
     check_fits(adapter, read_config(base, "base model", adapter.config.revision), "adapter")

@@ -5,14 +5,17 @@
 Trains two adapters through `accelerate launch` with the recipe that a real model would be trained with: one under
 simulated eviction, one dense, on the same data and steps. Then generates the answers to the test problems through
 `vkvtrain lm-eval`, with the full and with the evicting cache, and writes a table (results.json, results.md) and a plot
-(results.png) to `runs/demo`. Finished adapters found there are kept: delete the directory to start over.
+(results.png) to `runs/demo`. Two processes run at once, of one thread each; what they print is in `runs/demo/logs`.
+Finished adapters found there are kept: delete the directory to start over.
 """
 
 import json
+import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
@@ -35,6 +38,8 @@ POLICY, WINDOW, BUDGETS = "vase_attnv", 16, (80, 64)
 """Final length is about 171 tokens: 2.1x and 2.7x compression."""
 PROBLEMS = 400
 """Of the task (eval/tasks/tiny/keyed_sum.yaml)."""
+AT_ONCE = 2
+"""Processes; each has one thread, unless OMP_NUM_THREADS says otherwise, which is faster than two for this model."""
 MODELS = ("base", "dense_lora", "eviction_lora")
 CELLS = [
     ("base", None),
@@ -77,7 +82,7 @@ def train(settings: Settings, model: str) -> Path:
         command += ["--steps", str(settings.steps)]
     if model == "eviction_lora":
         command += ["--eviction.seed", str(settings.seed)]
-    run(command)
+    run(command, settings.output / "logs" / f"train-{model}.log")
     return directory
 
 
@@ -94,16 +99,29 @@ def evaluate(settings: Settings, model: str, budget: int | None) -> Samples:
     command += ["--batch_size", "100", "--device", "cpu", "--output_path", str(directory), "--log_samples"]
     if settings.problems < PROBLEMS:
         command += ["--limit", str(settings.problems)]
-    run(command)
+    run(command, settings.output / "logs" / f"evaluate-{directory.name}.log")
     newest = max(directory.rglob("samples_*.jsonl"), key=lambda path: path.stat().st_mtime)
     return sorted(map(json.loads, newest.read_text().splitlines()), key=lambda sample: sample["doc_id"])
 
 
-def run(command: list[str]) -> None:
-    """Run a command from the repository's root, showing it and its output."""
-    print("\n$ " + " ".join(command), flush=True)
-    if subprocess.run(command, cwd=ROOT, check=False).returncode:
-        sys.exit(f"demo: stopped, because this command failed: {' '.join(command)}")
+def run(command: list[str], log: Path) -> None:
+    """Run a command from the repository's root; what it prints goes to `log`, whose end is shown if it fails."""
+    print("$ " + " ".join(command), flush=True)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    environment = {"OMP_NUM_THREADS": "1", **os.environ}
+    began = time.monotonic()
+    with log.open("w") as output:
+        done = subprocess.run(command, cwd=ROOT, check=False, stdout=output, stderr=output, env=environment)
+    if done.returncode:
+        print("\n".join(log.read_text(errors="replace").splitlines()[-20:]), file=sys.stderr)
+        sys.exit(f"demo: stopped, because this command failed ({log}): {' '.join(command)}")
+    print(f"{log.stem}: {time.monotonic() - began:.0f} s", flush=True)
+
+
+def at_once(function: Callable[..., Any], calls: list[tuple[Any, ...]]) -> list[Any]:
+    """The results of several calls, `AT_ONCE` of them at a time; the first failure leaves out what has not begun."""
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        return list(pool.map(lambda call: function(*call), calls))
 
 
 def result(settings: Settings, model: str, budget: int | None, samples: Samples, adapter: str | None) -> dict[str, Any]:
@@ -207,11 +225,11 @@ def main(settings: Settings) -> None:
         sys.exit(f"demo: problems must be from 1 to {PROBLEMS}, got {settings.problems}")
     settings.output = settings.output.absolute()
     began = time.monotonic()
-    for model in RECIPES:
-        train(settings, model)
+    at_once(train, [(settings, model) for model in RECIPES])
     trained = time.monotonic()
     adapters = {model: adapter_hash(settings.output / model) for model in RECIPES}
-    samples = {(model, budget): evaluate(settings, model, budget) for model, budget in CELLS}
+    evaluated = at_once(evaluate, [(settings, *cell) for cell in CELLS])
+    samples: dict[tuple[str, int | None], Samples] = dict(zip(CELLS, evaluated, strict=True))
     results = [result(settings, model, budget, samples[model, budget], adapters.get(model)) for model, budget in CELLS]
     notes = differences(samples)
     notes.append(f"training took {trained - began:.0f} s, the evaluations {time.monotonic() - trained:.0f} s")

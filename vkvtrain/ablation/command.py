@@ -20,6 +20,7 @@ from vkvtrain.ablation.grid import DENSE, Sweep, load_sweep
 from vkvtrain.ablation.store import Store
 from vkvtrain.config import nearest
 from vkvtrain.outputs import check_directory, check_file
+from vkvtrain.shipped import find_sweep
 
 if TYPE_CHECKING:  # what runs cells loads lm-eval, which takes seconds
     from vkvtrain.ablation.plan import Plan, PlannedCell
@@ -29,9 +30,9 @@ INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells have it."""
 _ABLATE = """usage: vkvtrain ablate SWEEP [--dry-run] [--SETTING VALUE ...]
 
-Runs the grid of models, policies, budgets, tasks and seeds that the YAML file SWEEP spans, each cell as an lm-eval
-process of its own. What is finished is kept: a rerun continues, and a changed setting makes new cells. Exit status 1 if
-a cell failed.
+Runs the grid of models, policies, budgets, tasks and seeds that SWEEP spans, a YAML file or the name of a shipped one
+(quickstart), each cell as an lm-eval process of its own. What is finished is kept: a rerun continues, and a changed
+setting makes new cells. Exit status 1 if a cell failed.
 
   --dry-run   show the cells, and which of them are finished, and stop
 
@@ -64,8 +65,10 @@ def parse_ablate(arguments: Sequence[str]) -> tuple[Path | None, dict[str, Any],
         else:
             files.append(argument)
     if len(files) != 1:
-        raise ValueError(f"give exactly one sweep (a YAML file), got {files or 'none'}; see --help")
-    return Path(files[0]), overrides, dry_run
+        raise ValueError(
+            f"give exactly one sweep (a YAML file or a shipped one's name), got {files or 'none'}; see --help"
+        )
+    return find_sweep(files[0]), overrides, dry_run
 
 
 def describe_settings() -> str:

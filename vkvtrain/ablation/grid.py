@@ -12,6 +12,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from vkvtrain.config import EvictionConfig, Settings, nearest
+from vkvtrain.shipped import TASKS, tasks_directory
 from vkvtrain.yaml_files import read_mapping
 
 BASE, DENSE = "base", "dense"
@@ -133,8 +134,8 @@ class Sweep(Settings):
     """Add the full cache, the untrained model, and random eviction with a protected prompt."""
     limit: int | None = Field(default=None, ge=1)
     """First problems of every task only."""
-    include_path: str | None = None
-    """Directory with task files."""
+    include_path: str = TASKS
+    """Directory with task files beside lm-eval's own; `eval/tasks` is found wherever the package is installed."""
     model_args: dict[str, Any] = Field(default_factory=dict)
     """Further arguments of the lm-eval model, for example `{dtype: bfloat16, think_end_token: </think>}`."""
     apply_chat_template: bool = False
@@ -151,6 +152,11 @@ class Sweep(Settings):
     """Further attempts at a cell that failed."""
     output: Path
     """Directory to write."""
+
+    @field_validator("include_path")
+    @classmethod
+    def _tasks_directory(cls, value: str) -> str:
+        return tasks_directory(value)
 
     @field_validator("adapters", mode="before")
     @classmethod

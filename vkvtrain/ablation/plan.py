@@ -25,7 +25,7 @@ from vkvtrain.config import CONFIG_NAME, EvictionConfig, nearest
 from vkvtrain.identity import ADAPTER, adapter_hash, commit_of, decisive_files, model_identity, stamp_of
 from vkvtrain.loading import load_tokenizer, read_config
 from vkvtrain.support import layer_kinds
-from vkvtrain.tiny import MODEL_PATH
+from vkvtrain.tiny import embedded
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ def resolve_model(name: str, entry: ModelEntry, sweep: Sweep) -> Model:
     """One model of the sweep; raises ValueError where its files are not there."""
     where = "model" if name == BASE else f"adapters.{name}"
     given, revision = (entry.pretrained, entry.revision) if entry.pretrained else (sweep.model, sweep.revision)
-    pretrained = str(MODEL_PATH) if given == "tiny" else given
+    pretrained = embedded(given)
     trust = bool(sweep.model_args.get("trust_remote_code", False))
     try:
         config = transformers.AutoConfig.from_pretrained(pretrained, revision=revision, trust_remote_code=trust)
@@ -198,7 +198,7 @@ def what_changed(planned: PlannedCell, sweep: Sweep) -> str | None:
 
 def adapter_directory(where: str, peft: str) -> Path:
     """The directory of an adapter, downloaded if it is a Hub name; raises ValueError if it holds none."""
-    directory = Path(peft)
+    directory = Path(embedded(peft))
     if not directory.is_dir():
         if peft.startswith((".", "/")) or peft.count("/") != 1 or (directory.parent.is_dir()):
             raise ValueError(f"{where}: there is no directory {peft!r}; train the adapter first, or correct the path")

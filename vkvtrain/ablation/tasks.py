@@ -52,7 +52,7 @@ def find_tasks(sweep: Sweep) -> dict[str, TaskInfo]:
     Raises:
         ValueError: an include_path that is not there, or a task that is unknown, is a group, or has no single grade.
     """
-    if sweep.include_path is not None and not Path(sweep.include_path).is_dir():
+    if not Path(sweep.include_path).is_dir():
         raise ValueError(f"include_path: there is no directory {sweep.include_path!r}")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     index = TaskManager(include_path=sweep.include_path, include_defaults=False).task_index
@@ -61,7 +61,7 @@ def find_tasks(sweep: Sweep) -> dict[str, TaskInfo]:
     found = {}
     for entry in sweep.tasks:
         if entry.task not in index:
-            where = "lm-eval's" if sweep.include_path is None else f"lm-eval's and those of {sweep.include_path}"
+            where = f"lm-eval's and those of {sweep.include_path}"
             hint = nearest(entry.task, list(index))
             hint = hint if "did you mean" in hint else ""
             raise ValueError(f"tasks: there is no task {entry.task!r} among {where}{hint}")

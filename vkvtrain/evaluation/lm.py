@@ -1,9 +1,10 @@
 """The lm-eval model `vkv`: an `HFLM` that generates with the evicting cache and scores under simulated eviction.
 
 Model arguments are HFLM's and the fields of `EvictionConfig` (`policy=vase_attnv,budget=64,window=16`), or
-`eviction_config=<directory or repository>`. Without either the cache is full. A PEFT directory's own
-eviction_config.json is never read silently: what an adapter was trained for and what it is evaluated under are separate
-settings. `journal=<directory>` keeps finished generations there: an interrupted run, given again, goes on.
+`eviction_config=<directory or repository>`. Without either the cache is full. `pretrained=tiny` is the embedded model,
+`peft=tiny/eviction_lora` and `peft=tiny/dense_lora` its shipped adapters. A PEFT directory's own eviction_config.json
+is never read silently: what an adapter was trained for and what it is evaluated under are separate settings.
+`journal=<directory>` keeps finished generations there: an interrupted run, given again, goes on.
 `date=2026-11-24` is the day that a chat template takes for today, if it writes one.
 `compile=true` decodes by a compiled step, on a GPU as a CUDA graph, where the setting bounds every layer's cache.
 """
@@ -56,6 +57,8 @@ from vkvtrain.loading import load_config
 from vkvtrain.noise import canonical_stream
 from vkvtrain.rope import fixed_rope
 from vkvtrain.support import ATTENTION, layer_kinds
+from vkvtrain.threads import choose_threads
+from vkvtrain.tiny import embedded
 from vkvtrain.training.launch import asked_processes, check_replicated
 
 logger = logging.getLogger(__name__)
@@ -86,6 +89,7 @@ class EvictionLM(_HFLM):
 
     def __init__(self, pretrained: str, **arguments: Any) -> None:
         check_arguments(arguments)
+        pretrained = embedded(pretrained)
         self.eviction = take_eviction_config(arguments)
         journal = arguments.pop("journal", None)
         self.journal = None if journal is None else Path(str(journal))
@@ -99,6 +103,7 @@ class EvictionLM(_HFLM):
             raise ValueError(f"pretrained={pretrained} cannot be loaded: {' '.join(str(error).split())}") from None
         kinds = layer_kinds(config, self.eviction)
         if peft := arguments.get("peft"):
+            peft = arguments["peft"] = embedded(peft)
             check_fits(read_adapter(peft, "peft", arguments.get("revision")), config, "peft", trust)
         self.compile = take_compile(arguments, kinds)
         check_generation(own_generation_settings(pretrained, revision))
@@ -113,6 +118,8 @@ class EvictionLM(_HFLM):
             )
         self._is_rendered = False
         super().__init__(pretrained, backend="causal", **arguments)
+        if (said := choose_threads(self.model)) is not None:
+            logger.warning(said)
         self.date = fix_day(self.tokenizer, day, self.journal and self.journal / "date", "date")
         check_template(self.tokenizer, arguments)
         self.think_end_token = self._think_end(self.think_end_token)

@@ -11,6 +11,7 @@ from torch import Tensor
 from vkvtrain.attention import simulated_eviction
 from vkvtrain.config import EvictionConfig
 from vkvtrain.events import Event
+from vkvtrain.noise import Stream
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def policy_overlap(ours: Survival, theirs: Survival) -> Tensor:
 
 
 @torch.no_grad()
-def survival(model: Any, ids: Sequence[int], config: EvictionConfig, prompt: int) -> Survival:
+def survival(model: Any, ids: Sequence[int], config: EvictionConfig, prompt: int, stream: Stream = 0) -> Survival:
     """One simulated pass over a text.
 
     Args:
@@ -94,11 +95,12 @@ def survival(model: Any, ids: Sequence[int], config: EvictionConfig, prompt: int
         ids: the text's tokens.
         config: the eviction setting.
         prompt: first tokens, which are written without eviction.
+        stream: names the text's randomness.
 
     Raises:
         ValueError: a text that never exceeds the budget.
     """
-    with simulated_eviction(model, config, [prompt]) as trace:
+    with simulated_eviction(model, config, [prompt], [stream]) as trace:
         model(input_ids=torch.tensor([list(ids)], device=model.device), use_cache=False)
     (row,) = trace.rows
     if not row.events:

@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import tyro
 from rich.console import Console
@@ -12,20 +12,28 @@ from rich.table import Table
 
 from vkvtrain.config import EvictionConfig
 from vkvtrain.outputs import check_file
-from vkvtrain.planning.architecture import Architecture, read_architecture
+from vkvtrain.planning.architecture import Architecture, preset_names, read_architecture
 from vkvtrain.planning.decoding import Decoding, Roof, roof
 from vkvtrain.planning.devices import Device, find_device
 from vkvtrain.planning.training import Item, Strategy, Workload, flops, memory, peak
+from vkvtrain.shipped import find_recipe
+from vkvtrain.tiny import MODEL_PATH
+from vkvtrain.training.overrides import load_recipe
+from vkvtrain.training.settings import Recipe
 
 GIB = 2**30
+TINY_ROW = 192
+"""Tokens that hold every row of the embedded task."""
+Weights = Literal["float32", "bfloat16", "float16", "8bit", "4bit"]
 
 
 @dataclass
 class Arguments:
     """Memory per device and FLOPs of a training step, slots and tokens per second of decoding, each with its formula.
 
-    Nothing is downloaded but a configuration, and nothing is run: these are sums on paper. `benchmarks/plan_error.py`
-    compares the memory with measured peaks.
+    With a recipe (`vkvtrain plan qwen3-8b --gpus 8 --strategy fsdp2`; a file, or a shipped one's name) its settings are
+    planned, and the options below replace them. Nothing is downloaded but a configuration, and nothing is run: these
+    are sums on paper. `benchmarks/plan_error.py` compares the memory with measured peaks.
     """
 
     model_config: str
@@ -41,12 +49,12 @@ class Arguments:
     strategy: Strategy = "single"
     """How training is spread over them."""
     device: str = "h100"
-    """h100, h200, a100, a100-40gb, l40s, rtx4090, or cpu (measured here)."""
+    """b200, h200, h100, a100, a100-40gb, l40s, rtx5090, rtx4090, mi300x, or cpu (measured here)."""
     rows: int = 1
     """Rows of a forward pass on one device (`training.batch_per_device`)."""
     global_batch: int = 16
     """Rows of an optimiser step."""
-    weights: Literal["float32", "bfloat16", "float16", "8bit", "4bit"] = "bfloat16"
+    weights: Weights = "bfloat16"
     """How the base weights are stored."""
     checkpointing: bool = True
     """Gradient checkpointing."""
@@ -206,6 +214,43 @@ def run(arguments: Arguments, console: Console) -> Plan:
     return plan
 
 
+def arguments_of(recipe: Recipe) -> Arguments:
+    """What a recipe would do, on one device. Rows are as long as it admits (`data.max_length`)."""
+    trained_for, training = recipe.trained_for(), recipe.training
+    tiny = recipe.model.name == "tiny"
+    preset = Path(recipe.model.name).name.lower()
+    stored = recipe.model.dtype if recipe.model.quantization == "none" else recipe.model.quantization
+    if stored == "auto":
+        stored = "float32" if tiny else "bfloat16"
+    longest = recipe.data.packing_length or recipe.data.max_length or (TINY_ROW if tiny else Arguments.seq)
+    return Arguments(
+        model_config=str(MODEL_PATH) if tiny else preset if preset in preset_names() else recipe.model.name,
+        seq=longest, budget=trained_for.budget or 0, window=trained_for.window,
+        rows=training.batch_per_device, global_batch=training.global_batch, weights=cast(Weights, stored),
+        checkpointing=recipe.model.gradient_checkpointing, r=recipe.lora.r,
+        objective="distill" if training.has_teacher else "sft",
+    )  # fmt: skip
+
+
+def parse(rest: Sequence[str]) -> tuple[Arguments, Recipe | None]:
+    """A command line, and the recipe that it names; options given beside a recipe replace what the recipe says."""
+    if not rest or rest[0].startswith("-"):
+        return tyro.cli(Arguments, args=rest, prog="vkvtrain plan"), None
+    recipe = load_recipe(find_recipe(rest[0]))
+    return tyro.cli(Arguments, args=rest[1:], prog="vkvtrain plan", default=arguments_of(recipe)), recipe
+
+
 def main(rest: Sequence[str]) -> None:
     """The command line of `vkvtrain plan`."""
-    run(tyro.cli(Arguments, args=rest, prog="vkvtrain plan"), Console())
+    arguments, recipe = parse(rest)
+    console = Console()
+    run(arguments, console)
+    if recipe is None:
+        return
+    console.print(f"the recipe takes {recipe.training.steps} such steps", highlight=False)
+    if recipe.training.objective == "on_policy":
+        console.print(
+            f"on_policy also generates {recipe.training.global_batch} responses of at most "
+            f"{recipe.training.rollout_tokens} tokens in each step, beside the seconds of a step: see decoding",
+            highlight=False,
+        )

@@ -28,12 +28,15 @@ class Device:
 DEVICES = {
     device.name: device
     for device in (
+        Device("b200", 2.25e15, 7.7e12, 180e9, "NVIDIA HGX B200 data sheet, of one GPU, without sparsity"),
         Device("h100", 989e12, 3.35e12, 80e9, "NVIDIA H100 SXM5 data sheet, without sparsity"),
         Device("h200", 989e12, 4.8e12, 141e9, "NVIDIA H200 SXM data sheet, without sparsity"),
         Device("a100", 312e12, 2.039e12, 80e9, "NVIDIA A100 80GB SXM4 data sheet, without sparsity"),
         Device("a100-40gb", 312e12, 1.555e12, 40e9, "NVIDIA A100 40GB SXM4 data sheet, without sparsity"),
         Device("l40s", 362e12, 864e9, 48e9, "NVIDIA L40S data sheet, without sparsity"),
         Device("rtx4090", 165.2e12, 1.008e12, 24e9, "NVIDIA Ada architecture white paper, FP32 accumulation"),
+        Device("rtx5090", 209.5e12, 1.792e12, 32e9, "NVIDIA Blackwell RTX white paper, FP32 accumulation"),
+        Device("mi300x", 1307.4e12, 5.3e12, 192e9, "AMD Instinct MI300X data sheet, without sparsity"),
     )
 }
 

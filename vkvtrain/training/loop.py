@@ -21,6 +21,7 @@ from transformers import get_scheduler
 from vkvtrain.config import EvictionConfig
 from vkvtrain.ends import stop_at
 from vkvtrain.locking import locked
+from vkvtrain.threads import choose_threads
 from vkvtrain.training.checkpoints import Checkpoint
 from vkvtrain.training.data import Batch, TrainingData, in_batches, step_batches, step_rows
 from vkvtrain.training.ending import finish, report, rescue
@@ -111,6 +112,9 @@ def load_with_plan(recipe: Recipe, accelerator: Accelerator, data: TrainingData,
     """The adapted model; says what will be done with it."""
     model = load_model(recipe)
     stop_at(model.generation_config, data.ends)
+    threads = choose_threads(model)
+    if accelerator.is_main_process and threads is not None:
+        print(f"threads          {threads}")
     if accelerator.is_main_process:
         print(plan(recipe, data, tokenizer, model, accelerator.num_processes, asked_processes()), flush=True)
     return model

@@ -11,9 +11,12 @@ from typing import Any
 import yaml
 
 from vkvtrain.config import EvictionConfig, Settings, nearest
-from vkvtrain.training.settings import Recipe, recipe_values
+from vkvtrain.shipped import find_recipe
+from vkvtrain.training.settings import DataSettings, OptimSettings, Recipe, recipe_values
 
 FLAGS = ("dry_run", "overwrite", "help")
+OF_SOURCE = ("config", "split", "revision", "rows")
+"""Settings of a recipe's `data` that say which part of its source is read: another source has other ones."""
 
 
 @dataclass(frozen=True)
@@ -98,8 +101,10 @@ def parse_command(arguments: Sequence[str]) -> Command:
         except yaml.YAMLError:
             raise ValueError(f"--{name}: {value!r} is not a YAML value") from None
     if len(recipes) != 1 and "help" not in flags:
-        raise ValueError(f"give exactly one recipe (a YAML file), got {recipes or 'none'}; see --help")
-    return Command(Path(recipes[0]) if recipes else None, overrides, **flags)
+        raise ValueError(
+            f"give exactly one recipe (a YAML file or a shipped one's name), got {recipes or 'none'}; see --help"
+        )
+    return Command(find_recipe(recipes[0]) if recipes and "help" not in flags else None, overrides, **flags)
 
 
 def apply_overrides(values: dict[str, Any], overrides: Sequence[tuple[str, Any]]) -> dict[str, Any]:
@@ -128,10 +133,41 @@ def load_recipe(path: Path, overrides: Sequence[tuple[str, Any]] = ()) -> Recipe
     """
     values = recipe_values(path)
     try:
-        values = apply_overrides(values, overrides)
-        return Recipe(**values)
+        values, notes = follow_overrides(apply_overrides(values, overrides), [name for name, _ in overrides])
+        recipe = Recipe(**values)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+    recipe._notes = notes
+    return recipe
+
+
+def follow_overrides(values: dict[str, Any], overridden: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """The values with what cannot hold any more beside the overrides left out, and what is to be said of it.
+
+    With `data.source` replaced, the part of the old source is not the part of the new one. With few `training.steps`,
+    a warm-up that nobody asked for beside them is shortened. What the command line itself sets stays.
+    """
+    values, notes = dict(values), []
+    data = values.get("data")
+    if "data.source" in overridden and isinstance(data, dict):
+        generated = str(data["source"]).startswith("tiny:")  # which needs to be told how many rows
+        names = [name for name in OF_SOURCE if name in data and not (generated and name == "rows")]
+        dropped = {
+            name: data[name]
+            for name in names
+            if f"data.{name}" not in overridden and data[name] != DataSettings.model_fields[name].default
+        }
+        values["data"] = {name: value for name, value in data.items() if name not in dropped}
+        notes += [f"data.{name} ({value}) is the recipe's own source's: left out" for name, value in dropped.items()]
+    optim, steps = values.get("optim") or {}, (values.get("training") or {}).get("steps")
+    if isinstance(optim, dict) and type(steps) is int and steps > 0:
+        warmup = optim.get("warmup_steps", OptimSettings.model_fields["warmup_steps"].default)
+        asked = "optim.warmup_steps" in overridden or "optim" in overridden
+        beside = "warmup_steps" in optim and not {"training.steps", "training"} & set(overridden)
+        if type(warmup) is int and warmup > steps and not asked and not beside:
+            values["optim"] = {**optim, "warmup_steps": steps}
+            notes.append(f"optim.warmup_steps is {steps} instead of {warmup}: a run of {steps} steps has no more")
+    return values, notes
 
 
 def describe_settings() -> str:

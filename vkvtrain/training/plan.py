@@ -49,7 +49,8 @@ def plan(recipe: Recipe, data: TrainingData, tokenizer: Any, model: Any, process
     trainable, total = model.get_nb_trainable_parameters()
     first = data.train[0]
     wanting = f"{data.unusable} without a correct generation, " if data.unusable else ""
-    dense = training.dense_fraction if recipe.eviction_configs() else 1.0
+    evicts = bool(recipe.eviction_configs()) and training.dense_fraction < 1
+    mixed = f", {training.dense_fraction:.0%} of them dense" if evicts else ""
     lines = [
         f"processes        {processes} (asked for {asked})",
         f"batch            {forward} a forward pass x {-(-share // forward)} accumulated x {processes} processes = "
@@ -57,9 +58,9 @@ def plan(recipe: Recipe, data: TrainingData, tokenizer: Any, model: Any, process
         f"data             {len(data.train)} rows of {tokens:.0f} tokens on average, {data.left_out} left out as too "
         f"long, {wanting}{training.steps * training.global_batch / len(data.train):.2f} epochs",
         f"trainable        {trainable:,} of {total:,} parameters ({trainable / total:.2%})",
-        f"objective        {objective(training)}, {training.steps} steps, {dense:.0%} of them dense",
+        f"objective        {objective(training)}, {training.steps} steps{mixed}",
     ]
-    configs = recipe.eviction_configs() if training.dense_fraction < 1 else []
+    configs = recipe.eviction_configs() if evicts else []
     for config in configs:
         assert config.budget is not None
         events = expected_evictions(data.train, config.budget, config.window)
@@ -71,6 +72,7 @@ def plan(recipe: Recipe, data: TrainingData, tokenizer: Any, model: Any, process
             lines.append(f"WARNING          no row ever exceeds budget {config.budget}: training would be dense")
     if not configs:
         lines.append("eviction         none: this is a dense run")
+    lines += [f"note             {note}" for note in recipe.notes]
     prompt = tokenizer.decode(first.input_ids[: first.prompt_length])
     response = tokenizer.decode(first.input_ids[first.prompt_length :])
     if recipe.data.date is not None:

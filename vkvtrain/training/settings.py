@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from vkvtrain.chat_templates import check_text_booleans
 from vkvtrain.config import EvictionConfig, Settings
@@ -264,6 +264,12 @@ class Recipe(Settings):
     """Directory to write."""
     seed: int = Field(default=0, ge=0, lt=2**32)
     """Seed of the adapter's initial weights, the data order and the schedule (the policy's is `eviction.seed`)."""
+    _notes: list[str] = PrivateAttr(default_factory=list)
+
+    @property
+    def notes(self) -> list[str]:
+        """What was left out or shortened beside what the command line asked for; said before training."""
+        return list(self._notes)
 
     @model_validator(mode="after")
     def _check(self) -> Self:

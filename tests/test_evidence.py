@@ -106,6 +106,19 @@ def test_held_is_what_the_cache_holds_when_a_line_needs_it(arms):
     assert 0 < found["3"]["held"] < found["1"]["held"]
 
 
+def test_loss_on_other_text_is_that_of_the_model_and_grows_with_eviction(arms):
+    import other_text
+
+    model, _ = spelling_model()
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.randint(model.config.vocab_size, (200,), generator=generator).tolist() for _ in range(2)]
+    losses = other_text.losses(model, rows, EvictionConfig(policy="full"))
+    for ids, loss in zip(rows, losses, strict=True):
+        labels = torch.tensor([[-100] * other_text.PROMPT + ids[other_text.PROMPT :]])
+        assert loss == pytest.approx(model(input_ids=torch.tensor([ids]), labels=labels).loss.item(), rel=1e-5)
+    assert other_text.losses(model, rows, other_text.EVICTED) != losses
+
+
 def test_an_adapter_is_shipped_in_bfloat16_with_its_log(arms, monkeypatch, tmp_path):
     monkeypatch.setattr(arms, "ROOT", tmp_path)
     for name in arms.STAGES:
@@ -209,6 +222,16 @@ def test_parts_of_a_page_are_replaced_in_place(findings, tmp_path):
     assert page.read_text() == "a <!-- x -->\nnew \\1\n<!-- end of x --> b\n<!-- y -->\nz\n<!-- end of y -->\n"
     with pytest.raises(ValueError, match="the part 'w' is there 0 times"):
         findings.fill(page, {"w": ""})
+
+
+def test_loss_on_other_text_stands_beside_the_base(arms, study, findings):
+    for name, evicted in (("base", [2.0, 3.0, 4.0]), ("vase", [1.5, 2.5, 3.5])):
+        write(arms, study, name, [7], [7], [7])
+        study.write(name, study.record(name) | {"other_text": {"full": [1.0, 2.0, 3.0], "evicted": evicted}})
+    *_, base, vase = findings.text_table(findings.records(study)).splitlines()
+    assert base.startswith("| base, not trained on | 2.000 [")
+    assert "| +0.000 [" in base
+    assert vase.split(" | ")[2:] == ["2.500 [1.500, 3.500]", "-0.500 [-0.500, -0.500] |"]
 
 
 def test_the_pages_have_their_parts(arms, study, findings, monkeypatch, tmp_path):

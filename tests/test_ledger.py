@@ -234,6 +234,7 @@ def test_data_generate_verifies_the_whole_trace():
             problem.answer,
             False,
         )
+        assert one.where == f"ledger:people=3,events=2, problem {number}"
         assert one.accepts(problem.prompt, problem.response)
         assert not one.accepts(problem.prompt, f"Answer: {problem.answer}")
         assert not one.accepts(problem.prompt, problems[number - 1].response)

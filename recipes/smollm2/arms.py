@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import other_text
 import torch
 from convert import convert
 from peft import PeftModel
@@ -238,21 +239,23 @@ def bits(values: Any) -> str:
     return "".join("1" if value else "0" for value in values)
 
 
-def measure_held(study: Study, name: str) -> None:
-    """How much of what lines need is still held when they need it, by age; on the test problems' own responses."""
+def look_inside(study: Study, name: str) -> None:
+    """What is still held when it is needed, on the test problems' own responses, and the loss on other text."""
     record = study.record(name)
-    if "held" in record:
+    if "held" in record and "other_text" in record:
         return
     model: Any = AutoModelForCausalLM.from_pretrained(ROOT / MODEL, attn_implementation="vkvtrain")
     if name != BASE:
         model = PeftModel.from_pretrained(model, str(ROOT / study.runs / name))
+    model.eval()
     tokenizer = AutoTokenizer.from_pretrained(ROOT / MODEL)
     problems = list(ledger.problems("test", HELD, DIAL))
-    record["held"] = {
-        str(budget): held(
-            model.eval(), tokenizer, problems, EvictionConfig(policy=POLICY, budget=budget, window=WINDOW)
-        )
-        for budget in BUDGETS
+    configs = [EvictionConfig(policy=POLICY, budget=budget, window=WINDOW) for budget in BUDGETS]
+    record["held"] = {str(config.budget): held(model, tokenizer, problems, config) for config in configs}
+    rows = list(other_text.texts(tokenizer))
+    record["other_text"] = {
+        "full": other_text.losses(model, rows, EvictionConfig(policy="full")),
+        "evicted": other_text.losses(model, rows, other_text.EVICTED),
     }
     study.write(name, record)
 

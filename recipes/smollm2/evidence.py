@@ -24,7 +24,7 @@ from threading import Lock
 
 import findings
 import tyro
-from arms import BASE, MAIN, ROOT, TRANSFER, TRANSFERRED, Arm, Study, evaluate, make_base, measure_held, train_arm
+from arms import BASE, MAIN, ROOT, TRANSFER, TRANSFERRED, Arm, Study, evaluate, look_inside, make_base, train_arm
 
 GATE = 0.25
 """What eviction must cost the base at least, as a share of right answers."""
@@ -75,7 +75,7 @@ def main(settings: Settings) -> None:
     make_base(settings.base_afresh)
     evaluate(study, BASE, MAIN, study.problems, settings.jobs)
     check_gate(study)
-    measure_held(study, BASE)
+    look_inside(study, BASE)
     writing = Lock()
 
     def pursue(arm: Arm) -> None:
@@ -83,7 +83,7 @@ def main(settings: Settings) -> None:
             train_arm(study, arm)
             evaluate(study, arm.name, MAIN, study.problems, jobs=1)
             if arm.seed == 0:
-                measure_held(study, arm.name)
+                look_inside(study, arm.name)
             with writing:
                 show(study)
 

@@ -13,7 +13,7 @@ from typing import Any
 from arms import BASE, BUDGETS, POLICY, ROOT, SHIPPED, TRANSFER, TRANSFERRED, WINDOW, Study, label
 from matplotlib.figure import Figure
 
-from vkvtrain.ablation.statistics import Estimate, crossed_interval
+from vkvtrain.ablation.statistics import Estimate, crossed_interval, interval, paired_interval
 from vkvtrain.training.run_directory import METRICS
 
 DOCS = ROOT / "docs/evidence.md"
@@ -173,6 +173,19 @@ def held_table(found: Records) -> str:
     return markdown(["trained (seed 0)", "held, in percent; lines back", *ages], rows) if rows else "Not measured yet."
 
 
+def text_table(found: Records) -> str:
+    """Loss on other text, of seed 0, and what the training changed of it under eviction."""
+    losses = {recipe: runs[0]["other_text"] for recipe, runs in found.items() if "other_text" in runs[0]}
+    if BASE not in losses:
+        return "Not measured yet."
+    rows = []
+    for recipe, of in losses.items():
+        change = paired_interval(of["evicted"], losses[BASE]["evicted"])
+        both = [f"{one['value']:.3f} [{one['low']:.3f}, {one['high']:.3f}]" for one in map(interval, of.values())]
+        rows.append([NAMES[recipe], *both, f"{change['value']:+.3f} [{change['low']:+.3f}, {change['high']:+.3f}]"])
+    return markdown(["trained (seed 0)", *next(iter(losses.values())), "evicted, less the base evicted"], rows)
+
+
 def figure(found: Records, path: Path) -> None:
     """Lines that follow by age, and what is held of the balances that they need, both at the smaller budget."""
     drawing = Figure(figsize=(10, 3.9), layout="constrained")
@@ -247,6 +260,7 @@ def write(study: Study) -> None:
         "ages": age_table(found),
         "held": held_table(found),
         "transfer": transfer_table(found),
+        "text": text_table(found),
         "missing": still_missing(study, found),
     }
     fill(DOCS, parts)

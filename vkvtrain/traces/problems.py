@@ -65,7 +65,7 @@ def problems(
         if source == KEYED_SUM:
             return KEYED_SUM, (_keyed_sum(i, one) for i, one in enumerate(task.problems("train", 0, rows)))
         dial = ledger.Dial.parse(source)
-        return "ledger", (_ledger(i, one) for i, one in enumerate(ledger.problems("train", rows, dial)))
+        return "ledger", (_ledger(source, i, one) for i, one in enumerate(ledger.problems("train", rows, dial)))
     if source.startswith(GYM):
         return GYM.rstrip(":"), _gym(source.removeprefix(GYM), rows, seed, think_end)
     if find_spec("math_verify") is None:
@@ -84,11 +84,11 @@ def _keyed_sum(number: int, one: task.Problem) -> Problem:
     )
 
 
-def _ledger(number: int, one: ledger.Problem) -> Problem:
+def _ledger(source: str, number: int, one: ledger.Problem) -> Problem:
     def accepts(prompt: str, response: str) -> bool:
         return ledger.grade(one.prompt, response, one.response).trace
 
-    return Problem(number, one.prompt, one.answer, False, accepts)
+    return Problem(number, f"{source}, problem {number}", one.prompt, one.answer, False, accepts)
 
 
 def _gym(name: str, rows: int | None, seed: int, think_end: str | None) -> Iterator[Problem]:

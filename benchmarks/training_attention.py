@@ -22,7 +22,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from vkvtrain import EvictionConfig
 from vkvtrain.attention.backends import attend, attend_and_decide, resolve
 from vkvtrain.foresight import Foresight
-from vkvtrain.lifetimes import Plan, lifetimes, make_plan
+from vkvtrain.lifetimes import Schedule, lifetimes, make_schedule
 from vkvtrain.logits import LogitForm
 from vkvtrain.selection import Selector
 
@@ -62,32 +62,36 @@ class Shape:
         query, key, value = (tensor.transpose(1, 2).requires_grad_() for tensor in made[:3])
         return query, key, value, made[3]
 
-    def eviction(self) -> tuple[Plan, Selector, LogitForm]:
+    def eviction(self) -> tuple[Schedule, Selector, LogitForm]:
         config = EvictionConfig(policy=self.policy, budget=self.budget, window=self.window)
         rows = range(self.batch)
-        plan = make_plan(config, [self.prompt for _ in rows], rows, [self.tokens for _ in rows], self.tokens, self.on)
-        return plan, Selector(config), LogitForm(self.head_dim**-0.5)
+        schedule = make_schedule(
+            config, [self.prompt for _ in rows], rows, [self.tokens for _ in rows], self.tokens, self.on
+        )
+        return schedule, Selector(config), LogitForm(self.head_dim**-0.5)
 
 
 def dense(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True).transpose(1, 2)
 
 
-def decide(query: Tensor, key: Tensor, value: Tensor, plan: Plan, selector: Selector, form: LogitForm) -> Tensor:
+def decide(
+    query: Tensor, key: Tensor, value: Tensor, schedule: Schedule, selector: Selector, form: LogitForm
+) -> Tensor:
     """`evict_at` of a model's only layer."""
     if selector.data_independent:
-        return Foresight(selector, [0]).evict_at(0, key.shape[1], plan)
-    return lifetimes(query, key, value, plan, selector, 0, form)
+        return Foresight(selector, [0]).evict_at(0, key.shape[1], schedule)
+    return lifetimes(query, key, value, schedule, selector, 0, form)
 
 
 def evicted(
-    backend: str, query: Tensor, key: Tensor, value: Tensor, plan: Plan, selector: Selector, form: LogitForm
+    backend: str, query: Tensor, key: Tensor, value: Tensor, schedule: Schedule, selector: Selector, form: LogitForm
 ) -> Tensor:
     """Attention output, decided as training does."""
     if selector.data_independent:
-        evict_at = decide(query, key, value, plan, selector, form)
-        return attend(backend, query, key, value, evict_at, plan, form)
-    return attend_and_decide(backend, query, key, value, plan, selector, 0, form)[0]
+        evict_at = decide(query, key, value, schedule, selector, form)
+        return attend(backend, query, key, value, evict_at, schedule, form)
+    return attend_and_decide(backend, query, key, value, schedule, selector, 0, form)[0]
 
 
 def step(shape: Shape, side: str, warm_up: bool = False) -> None:
@@ -99,18 +103,18 @@ def step(shape: Shape, side: str, warm_up: bool = False) -> None:
     if side == "dense":
         out = dense(query, key, value)
     else:
-        plan, selector, form = shape.eviction()
+        schedule, selector, form = shape.eviction()
         backend = resolve(shape.backend, query, value)
-        out = evicted(backend, query, key, value, plan, selector, form)
+        out = evicted(backend, query, key, value, schedule, selector, form)
     out.backward(gradient)
 
 
 def timed(shape: Shape, rounds: int) -> tuple[str, dict[str, dict[str, float]]]:
     """The backend, and the seconds of each side."""
     query, key, value, gradient = shape.tensors()
-    plan, selector, form = shape.eviction()
+    schedule, selector, form = shape.eviction()
     backend = resolve(shape.backend, query, value)
-    evict_at = decide(query, key, value, plan, selector, form)
+    evict_at = decide(query, key, value, schedule, selector, form)
 
     def backward(out: Tensor) -> None:
         out.backward(gradient)
@@ -118,9 +122,9 @@ def timed(shape: Shape, rounds: int) -> tuple[str, dict[str, dict[str, float]]]:
 
     sides = {
         "dense": lambda: backward(dense(query, key, value)),
-        "evicted": lambda: backward(evicted(backend, query, key, value, plan, selector, form)),
-        "walk": lambda: decide(query, key, value, plan, selector, form),
-        "attention": lambda: backward(attend(backend, query, key, value, evict_at, plan, form)),
+        "evicted": lambda: backward(evicted(backend, query, key, value, schedule, selector, form)),
+        "walk": lambda: decide(query, key, value, schedule, selector, form),
+        "attention": lambda: backward(attend(backend, query, key, value, evict_at, schedule, form)),
     }
     return backend, in_turn(sides, rounds, shape.on)
 

@@ -13,7 +13,7 @@ from references import BUDGET, FIXTURE, QUARTER, REFERENCES, SEEDS, Inputs, Refe
 from torch import Tensor
 
 from vkvtrain import EvictionConfig
-from vkvtrain.lifetimes import lifetimes, make_plan
+from vkvtrain.lifetimes import lifetimes, make_schedule
 from vkvtrain.logits import LogitForm
 from vkvtrain.noise import NoiseSource
 from vkvtrain.policies import POLICIES, Candidates, window_attention
@@ -141,9 +141,9 @@ def test_h2o_over_a_whole_sequence():
     for seed, expected in zip(SEEDS, RECORDED["h2o"]["kept"], strict=True):
         inputs = reference.inputs(seed)
         config = config_of(reference.setting, 1)
-        plan = make_plan(config, [BUDGET // 2], [0], [reference.held], reference.held, torch.device("cpu"))
+        schedule = make_schedule(config, [BUDGET // 2], [0], [reference.held], reference.held, torch.device("cpu"))
         form = LogitForm(inputs.keys.shape[-1] ** -0.5)
-        evict_at = lifetimes(inputs.queries, inputs.keys, inputs.values, plan, Selector(config), 0, form)
+        evict_at = lifetimes(inputs.queries, inputs.keys, inputs.values, schedule, Selector(config), 0, form)
         assert [(head > reference.held).nonzero().flatten().tolist() for head in evict_at[0]] == expected
 
 

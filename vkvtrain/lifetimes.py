@@ -22,8 +22,8 @@ from vkvtrain.selection import Selector
 
 
 @dataclass(frozen=True)
-class Row:
-    """One right-padded sequence: its length, first prompt, blocks of `window` entries and Philox key."""
+class SequenceSchedule:
+    """One right-padded sequence: its length, first prompt, blocks of `window` entries and Philox key words."""
 
     length: int
     prompt: int
@@ -36,10 +36,10 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What is known of a batch before any layer runs: rows, width and device. Integers only, but for `index`."""
+class Schedule:
+    """A batch's schedule of events, known before any layer runs. Integers only, but for `index`."""
 
-    rows: list[Row]
+    sequences: list[SequenceSchedule]
     width: int
     budget: int
     window: int
@@ -53,29 +53,29 @@ class Plan:
             self._index[wanted] = torch.tensor(wanted, dtype=torch.int64, device=self.device)
         return self._index[wanted]
 
-    def without_events(self) -> "Plan":
+    def without_events(self) -> "Schedule":
         """The same batch for a layer that keeps everything."""
-        return replace(self, rows=[replace(row, blocks=[]) for row in self.rows])
+        return replace(self, sequences=[replace(sequence, blocks=[]) for sequence in self.sequences])
 
-    def on(self, device: torch.device) -> "Plan":
+    def on(self, device: torch.device) -> "Schedule":
         """The same batch on another device."""
         return replace(self, device=device, _index={})
 
     @property
     def lengths(self) -> Tensor:
         """Tokens of each row, int64 [B]."""
-        return self.index([row.length for row in self.rows])
+        return self.index([sequence.length for sequence in self.sequences])
 
 
-def make_plan(
+def make_schedule(
     config: EvictionConfig,
     prompts: Sequence[int | Chunks],
     streams: Sequence[Stream],
     lengths: Sequence[int],
     width: int,
     device: torch.device,
-) -> Plan:
-    """The plan of a batch.
+) -> Schedule:
+    """The schedule of a batch's events.
 
     Args:
         config: the eviction setting.
@@ -85,38 +85,37 @@ def make_plan(
         width: columns of the batch, S.
         device: where the batch is.
     """
-    rows = []
+    sequences = []
     for prompt, stream, length in zip(prompts, streams, lengths, strict=True):
         chunks = normalise_chunks(prompt, length)
-        found = []
-        if config.evicts:
-            assert config.budget is not None
-            found = blocks(chunks, length, config.budget, config.window)
-        rows.append(Row(length, chunks[0][1], found, stream_key(config.seed, stream)))
-    return Plan(rows, width, config.budget or 0, config.window, device)
+        filled: list[Block] = []
+        if config.evicts and config.budget is not None:
+            filled = blocks(chunks, length, config.budget, config.window)
+        sequences.append(SequenceSchedule(length, chunks[0][1], filled, stream_key(config.seed, stream)))
+    return Schedule(sequences, width, config.budget or 0, config.window, device)
 
 
-def never_evicted(plan: Plan, kv_heads: int) -> Tensor:
+def never_evicted(schedule: Schedule, kv_heads: int) -> Tensor:
     """`evict_at` of a layer that keeps everything, int64 [B, Hkv, S]."""
-    real = torch.arange(plan.width, device=plan.device) < plan.lengths[:, None]
-    return (real[:, None] * (plan.width + 1)).expand(-1, kv_heads, -1).clone()
+    real = torch.arange(schedule.width, device=schedule.device) < schedule.lengths[:, None]
+    return (real[:, None] * (schedule.width + 1)).expand(-1, kv_heads, -1).clone()
 
 
 @torch.no_grad()
 def lifetimes(
-    query: Tensor, key: Tensor, value: Tensor, plan: Plan, selector: Selector, layer: int, form: LogitForm
+    query: Tensor, key: Tensor, value: Tensor, schedule: Schedule, selector: Selector, layer: int, form: LogitForm
 ) -> Tensor:
     """`evict_at`, int64 [B, Hkv, S].
 
     Args:
         query: [B, Hq, S, D], after RoPE.
         key, value: [B, Hkv, S, D].
-        plan: the batch's rows and events.
+        schedule: events of the batch's sequences.
         selector: chooses what survives.
         layer: index of the layer, for the noise.
         form: scaling, soft cap and sinks of the attention.
     """
-    return walked(Walk(query, key, value, plan, selector, layer, form))
+    return walked(Walk(query, key, value, schedule, selector, layer, form))
 
 
 def walked(walk: "Walk") -> Tensor:
@@ -144,20 +143,20 @@ class Walk:
     """One layer's events, in order, over rows that may be at different events; or those of several layers, as rows."""
 
     def __init__(
-        self, query: Tensor, key: Tensor, value: Tensor, plan: Plan, selector: Selector, layer: int | Sequence[int],
+        self, query: Tensor, key: Tensor, value: Tensor, schedule: Schedule, selector: Selector, layer: int | Sequence[int],
         form: LogitForm,
     ) -> None:  # fmt: skip
-        self.plan, self.selector, self.form = plan, selector, form
-        self.layers = [layer] * len(plan.rows) if isinstance(layer, int) else layer
+        self.schedule, self.selector, self.form = schedule, selector, form
+        self.layers = [layer] * len(schedule.sequences) if isinstance(layer, int) else layer
         """Of each row the layer, for its noise."""
         self.dtype = score_dtype(key.dtype)
         rows, heads, width, _ = key.shape
         self.query, self.key, self.value = Entries(query), Entries(key), Entries(value)
         self.value_sizes = {measure: value_size(value, measure, self.dtype) for measure in selector.measures}
-        self.evict_at = never_evicted(plan, heads)
+        self.evict_at = never_evicted(schedule, heads)
         self._until = Entries(self.evict_at[..., None])
         """The same by entry, to write to."""
-        self.held = self.evict_at.new_zeros(rows, heads, plan.budget)
+        self.held = self.evict_at.new_zeros(rows, heads, schedule.budget)
         """Positions that each row holds after its last event."""
         self.starts: list[int | None] = [None] * rows
         """Of each row its first token since its last event, if it had one."""
@@ -170,7 +169,9 @@ class Walk:
         Every stop must be reached before the next one is asked for.
         """
         every_block = self.selector.needs_mass
-        stops = [[block for block in row.blocks if every_block or block.event is not None] for row in self.plan.rows]
+        stops = [
+            [block for block in row.blocks if every_block or block.event is not None] for row in self.schedule.sequences
+        ]
         for number in range(max(map(len, stops), default=0)):
             groups: dict[tuple[int, bool, bool], list[int]] = {}
             for row, its in enumerate(stops):
@@ -186,9 +187,9 @@ class Walk:
         heads, device = self.evict_at.shape[1], self.evict_at.device
         if not has_evicted:
             return torch.arange(live, device=device).expand(len(rows), heads, -1)
-        end = self.plan.index([block.end for block in reached])[:, None, None]
-        fresh = torch.arange(self.plan.budget - live, 0, device=device) + end
-        return torch.cat([self.held[self.plan.index(rows)], fresh.expand(-1, heads, -1)], dim=-1)
+        end = self.schedule.index([block.end for block in reached])[:, None, None]
+        fresh = torch.arange(self.schedule.budget - live, 0, device=device) + end
+        return torch.cat([self.held[self.schedule.index(rows)], fresh.expand(-1, heads, -1)], dim=-1)
 
     def reach(self, stop: Stop, attention: Tensor | None = None) -> None:
         """Accumulate attention, and evict if it is due.
@@ -197,9 +198,9 @@ class Walk:
             stop: the next one of `stops`.
             attention: of the window to each candidate, [N, Hkv, C], where it is known already; see `Candidates`.
         """
-        plan, selector, window = self.plan, self.selector, self.plan.window
-        rows, live = plan.index(stop.rows), stop.positions.shape[-1]
-        end = plan.index([block.end for block in stop.blocks])
+        schedule, selector, window = self.schedule, self.selector, self.schedule.window
+        rows, live = schedule.index(stop.rows), stop.positions.shape[-1]
+        end = schedule.index([block.end for block in stop.blocks])
         queries = None
         if attention is None and (selector.needs_queries or selector.needs_mass):
             newest = torch.arange(-window, 0, device=rows.device) + end[:, None, None]
@@ -216,11 +217,11 @@ class Walk:
         self, stop: Stop, rows: Tensor, end: Tensor, queries: Tensor | None, attention: Tensor | None,
         events: list[int],
     ) -> None:  # fmt: skip
-        plan, selector, positions = self.plan, self.selector, stop.positions
-        count = positions.shape[-1] - plan.window
+        schedule, selector, positions = self.schedule, self.selector, stop.positions
+        count = positions.shape[-1] - schedule.window
         considered = positions[:, :, :count]
         layers = [self.layers[row] for row in stop.rows]
-        philox = [plan.index([plan.rows[row].key[word] for row in stop.rows]) for word in (0, 1)]
+        philox = [schedule.index([schedule.sequences[row].key[word] for row in stop.rows]) for word in (0, 1)]
 
         def entries(source: Entries, wanted: Tensor) -> Tensor:
             return source.gather(rows, wanted).to(self.dtype)
@@ -231,23 +232,23 @@ class Walk:
             keys=entries(self.key, considered) if selector.needs_keys and attention is None else None,
             values=entries(self.value, considered) if selector.policy.needs_values else None,
             scaling=self.form.scaling,
-            noise=NoiseSource((philox[0], philox[1]), plan.index(events), plan.index(layers)),
+            noise=NoiseSource((philox[0], philox[1]), schedule.index(events), schedule.index(layers)),
             window_keys=entries(self.key, positions[:, :, count:]) if selector.needs_window_keys else None,
             mass=self.mass[rows, :, :count] if selector.needs_mass else None,
             softcap=self.form.softcap,
             attention=attention,
             value_sizes={name: sizes[rows].gather(-1, considered) for name, sizes in self.value_sizes.items()},
         )
-        slots = selector(candidates, [plan.rows[row].prompt for row in stop.rows])
+        slots = selector(candidates, [schedule.sequences[row].prompt for row in stop.rows])
         kept = considered.gather(-1, slots)
         until = self._until.flat[:, 0]
         ends = end[:, None, None].expand_as(considered)
         until.scatter_(0, self._until.places(rows, considered).flatten(), ends.flatten())
-        until.index_fill_(0, self._until.places(rows, kept).flatten(), plan.width + 1)
+        until.index_fill_(0, self._until.places(rows, kept).flatten(), schedule.width + 1)
         self.held[rows] = torch.cat([kept, positions[:, :, count:]], dim=-1)
         if selector.needs_mass:
             mass = self.mass[rows, :, : positions.shape[-1]]
             self.mass[rows] = 0
-            self.mass[rows, :, : plan.budget] = torch.cat([mass.gather(-1, slots), mass[:, :, count:]], dim=-1)
+            self.mass[rows, :, : schedule.budget] = torch.cat([mass.gather(-1, slots), mass[:, :, count:]], dim=-1)
         for row, block in zip(stop.rows, stop.blocks, strict=True):
             self.starts[row] = block.end

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from vkvtrain.attention import flex, reference, segments
-from vkvtrain.lifetimes import Plan, lifetimes
+from vkvtrain.lifetimes import Schedule, lifetimes
 from vkvtrain.logits import LogitForm
 from vkvtrain.selection import Selector
 
@@ -24,19 +24,26 @@ def resolve(backend: str, query: Tensor, value: Tensor) -> str:
 
 
 def attend(
-    backend: str, query: Tensor, key: Tensor, value: Tensor, evict_at: Tensor, plan: Plan, form: LogitForm
+    backend: str, query: Tensor, key: Tensor, value: Tensor, evict_at: Tensor, schedule: Schedule, form: LogitForm
 ) -> Tensor:
     """Attention output [B, S, Hq, D] under `evict_at` [B, Hkv, S]; shapes as for `reference.attend`."""
-    if backend == "flex" and not any(row.events for row in plan.rows):
+    if backend == "flex" and not any(row.events for row in schedule.sequences):
         backend = "segments"  # nothing is evicted: plain causal attention
-    return BACKENDS[backend](query, key, value, evict_at, plan, form)
+    return BACKENDS[backend](query, key, value, evict_at, schedule, form)
 
 
 def attend_and_decide(
-    backend: str, query: Tensor, key: Tensor, value: Tensor, plan: Plan, selector: Selector, layer: int, form: LogitForm
+    backend: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    schedule: Schedule,
+    selector: Selector,
+    layer: int,
+    form: LogitForm,
 ) -> tuple[Tensor, Tensor]:
     """Attention output [B, S, Hq, D] and the `evict_at` [B, Hkv, S] that it is under; arguments as for `lifetimes`."""
     if backend == "segments" and segments.can_decide(selector, key.device):
-        return segments.attend_and_decide(query, key, value, plan, selector, layer, form)
-    evict_at = lifetimes(query, key, value, plan, selector, layer, form)
-    return attend(backend, query, key, value, evict_at, plan, form), evict_at
+        return segments.attend_and_decide(query, key, value, schedule, selector, layer, form)
+    evict_at = lifetimes(query, key, value, schedule, selector, layer, form)
+    return attend(backend, query, key, value, evict_at, schedule, form), evict_at

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 from torch.nn.functional import pad
 
-from vkvtrain.lifetimes import Plan
+from vkvtrain.lifetimes import Schedule
 from vkvtrain.logits import LogitForm
 
 BLOCK = 128
@@ -40,14 +40,14 @@ def supports(query: Tensor, value: Tensor) -> bool:
     )
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, evict_at: Tensor, plan: Plan, form: LogitForm) -> Tensor:
+def attend(query: Tensor, key: Tensor, value: Tensor, evict_at: Tensor, schedule: Schedule, form: LogitForm) -> Tensor:
     """Attention output [B, S, Hq, D] under the mask `j <= i < evict_at[b, h, j]`; zero at padding.
 
     Args:
         query: [B, Hq, S, D].
         key, value: [B, Hkv, S, D].
         evict_at: [B, Hkv, S].
-        plan: the batch's rows.
+        schedule: lengths of the batch's sequences.
         form: scaling, soft cap and sinks of the attention.
 
     Raises:
@@ -55,8 +55,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, evict_at: Tensor, plan: Pl
     """
     if query.device.type == "cpu" and torch.is_grad_enabled() and query.requires_grad:
         raise ValueError("backend 'flex' has no backward pass on a CPU: use backend='auto'")
-    group, width = query.shape[1] // key.shape[1], plan.width
-    order, position, until = sorted_keys(evict_at, plan.window)
+    group, width = query.shape[1] // key.shape[1], schedule.width
+    order, position, until = sorted_keys(evict_at, schedule.window)
     fill = (0, 0, 0, position.shape[-1] - width)
     key, value = _Permuted.apply(pad(key, fill), order), _Permuted.apply(pad(value, fill), order)  # pyright: ignore
     softcap = form.softcap
@@ -72,7 +72,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, evict_at: Tensor, plan: Pl
     if form.sinks is not None:
         # the sinks' share of the attention is read by nobody: what is left is a sigmoid
         out = out * torch.sigmoid(aux.lse - form.sinks.to(aux.lse.dtype)[:, None])[..., None].to(out.dtype)
-    real = torch.arange(width, device=out.device) < plan.lengths[:, None]
+    real = torch.arange(width, device=out.device) < schedule.lengths[:, None]
     return torch.where(real[:, :, None, None], out[:, :, :width].transpose(1, 2), 0.0)
 
 

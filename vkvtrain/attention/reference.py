@@ -3,36 +3,40 @@
 import torch
 from torch import Tensor
 
-from vkvtrain.lifetimes import Plan
+from vkvtrain.lifetimes import Schedule
 from vkvtrain.logits import LogitForm
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, evict_at: Tensor, plan: Plan, form: LogitForm) -> Tensor:
+def attend(query: Tensor, key: Tensor, value: Tensor, evict_at: Tensor, schedule: Schedule, form: LogitForm) -> Tensor:
     """Attention output [B, S, Hq, D] under the mask `j <= i < evict_at[b, h, j]`; zero at padding.
 
     Args:
         query: [B, Hq, S, D].
         key, value: [B, Hkv, S, D].
         evict_at: [B, Hkv, S].
-        plan: the batch's rows.
+        schedule: lengths of the batch's sequences.
         form: scaling, soft cap and sinks of the attention.
     """
-    position = torch.arange(plan.width, device=key.device)
+    position = torch.arange(schedule.width, device=key.device)
     seen = (position <= position[:, None]) & (position[:, None] < evict_at[:, :, None, :])
-    return _attend_masked(query, key, value, seen, plan, form)
+    return _attend_masked(query, key, value, seen, schedule, form)
 
 
-def attend_sliding(query: Tensor, key: Tensor, value: Tensor, window: int, plan: Plan, form: LogitForm) -> Tensor:
+def attend_sliding(
+    query: Tensor, key: Tensor, value: Tensor, window: int, schedule: Schedule, form: LogitForm
+) -> Tensor:
     """Attention output [B, S, Hq, D] under the mask `i - window < j <= i`; arguments as for `attend`."""
-    position = torch.arange(plan.width, device=key.device)
+    position = torch.arange(schedule.width, device=key.device)
     seen = (position <= position[:, None]) & (position > position[:, None] - window)
-    return _attend_masked(query, key, value, seen.expand(*key.shape[:2], -1, -1), plan, form)
+    return _attend_masked(query, key, value, seen.expand(*key.shape[:2], -1, -1), schedule, form)
 
 
-def _attend_masked(query: Tensor, key: Tensor, value: Tensor, seen: Tensor, plan: Plan, form: LogitForm) -> Tensor:
+def _attend_masked(
+    query: Tensor, key: Tensor, value: Tensor, seen: Tensor, schedule: Schedule, form: LogitForm
+) -> Tensor:
     """Under a mask [B, Hkv, S, S], head by head and with every logit at once."""
     group = query.shape[1] // key.shape[1]
-    real = torch.arange(plan.width, device=key.device) < plan.lengths[:, None]
+    real = torch.arange(schedule.width, device=key.device) < schedule.lengths[:, None]
     logits = torch.matmul(query, key.repeat_interleave(group, 1).transpose(-1, -2)) * form.scaling
     if form.softcap is not None:
         logits = torch.tanh(logits / form.softcap) * form.softcap
@@ -41,6 +45,6 @@ def _attend_masked(query: Tensor, key: Tensor, value: Tensor, seen: Tensor, plan
     if form.sinks is not None:
         sinks = form.sinks.to(logits.dtype)[None, :, None, None].expand(*logits.shape[:-1], 1)
         logits = torch.cat([sinks, logits], dim=-1)
-    weights = logits.softmax(-1)[..., -plan.width :]
+    weights = logits.softmax(-1)[..., -schedule.width :]
     out = torch.matmul(weights, value.repeat_interleave(group, 1)).transpose(1, 2)
     return torch.where(real[:, :, None, None], out, 0.0)

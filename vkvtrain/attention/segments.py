@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from vkvtrain.attention import products
 from vkvtrain.attention.calls import Call, joined, padded, replayed
 from vkvtrain.gather import Entries
-from vkvtrain.lifetimes import Plan, Walk
+from vkvtrain.lifetimes import Schedule, Walk
 from vkvtrain.logits import LogitForm, score_dtype
 from vkvtrain.logits import attend as attend_entries
 from vkvtrain.precision import outside_autocast
@@ -30,17 +30,17 @@ _PRODUCTS = 2**24
 """Most logits of a segment that plain products attend: a later turn of a conversation may be long."""
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, evict_at: Tensor, plan: Plan, form: LogitForm) -> Tensor:
+def attend(query: Tensor, key: Tensor, value: Tensor, evict_at: Tensor, schedule: Schedule, form: LogitForm) -> Tensor:
     """Attention output [B, S, Hq, D] under the mask `j <= i < evict_at[b, h, j]`; zero at padding.
 
     Args:
         query: [B, Hq, S, D].
         key, value: [B, Hkv, S, D].
         evict_at: [B, Hkv, S].
-        plan: the batch's rows and events.
+        schedule: events of the batch's sequences.
         form: scaling, soft cap and sinks of the attention.
     """
-    out: Any = _Segments.apply(query, key, value, form.sinks, evict_at, plan, form, None)
+    out: Any = _Segments.apply(query, key, value, form.sinks, evict_at, schedule, form, None)
     return out
 
 
@@ -50,10 +50,10 @@ def can_decide(selector: Selector, device: torch.device) -> bool:
 
 
 def attend_and_decide(
-    query: Tensor, key: Tensor, value: Tensor, plan: Plan, selector: Selector, layer: int, form: LogitForm
+    query: Tensor, key: Tensor, value: Tensor, schedule: Schedule, selector: Selector, layer: int, form: LogitForm
 ) -> tuple[Tensor, Tensor]:
     """Attention output [B, S, Hq, D] and `evict_at` [B, Hkv, S] from one walk; arguments as for `lifetimes`."""
-    result: Any = _Segments.apply(query, key, value, form.sinks, None, plan, form, (selector, layer))
+    result: Any = _Segments.apply(query, key, value, form.sinks, None, schedule, form, (selector, layer))
     return result
 
 
@@ -62,20 +62,20 @@ class _Segments(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, evict_at: Tensor | None, plan: Plan,
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, evict_at: Tensor | None, schedule: Schedule,
         form: LogitForm, policy: tuple[Selector, int] | None,
     ) -> Any:  # fmt: skip
-        layer = _Layer(query, key, value, plan, form)
+        layer = _Layer(query, key, value, schedule, form)
         out = _by_tokens(query, value.shape[-1], query.dtype)
         if policy is None:
             assert evict_at is not None
-            for call in joined(replayed(evict_at, plan), layer.segments_per_call):
+            for call in joined(replayed(evict_at, schedule), layer.segments_per_call):
                 layer.forward(call, out)
         else:
-            evict_at = _walk(layer, Walk(query, key, value, plan, *policy, form), out)
+            evict_at = _walk(layer, Walk(query, key, value, schedule, *policy, form), out)
             ctx.mark_non_differentiable(evict_at)
         ctx.save_for_backward(query, key, value, sinks, evict_at)
-        ctx.plan, ctx.form = plan, form
+        ctx.schedule, ctx.form = schedule, form
         out = out.transpose(1, 2)
         return out if policy is None else (out, evict_at)
 
@@ -89,7 +89,7 @@ class _Segments(torch.autograd.Function):
     def _gradients(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         """Of the inputs, given that of the output [B, Hq, S, Dv]."""
         query, key, value, sinks, evict_at = ctx.saved_tensors
-        layer = _Layer(query, key, value, ctx.plan, ctx.form)
+        layer = _Layer(query, key, value, ctx.schedule, ctx.form)
         dtype = score_dtype(key.dtype)
         # a key is added to by every segment that sees it
         totals = [
@@ -97,7 +97,7 @@ class _Segments(torch.autograd.Function):
             _by_tokens(value, value.shape[-1], dtype),
         ]  # fmt: skip
         of_sinks = None if sinks is None else torch.zeros_like(sinks)
-        for call in joined(replayed(evict_at, ctx.plan), layer.segments_per_call):
+        for call in joined(replayed(evict_at, ctx.schedule), layer.segments_per_call):
             found = layer.backward(call, upstream, totals)
             if of_sinks is not None and found is not None:
                 of_sinks += found
@@ -106,21 +106,21 @@ class _Segments(torch.autograd.Function):
 
 def _walk(layer: "_Layer", walk: Walk, out: Tensor) -> Tensor:
     """Walk the events, attending on the way; `evict_at`."""
-    plan = walk.plan
+    schedule = walk.schedule
     for stop in walk.stops():
-        past = stop.positions[..., : plan.budget] if stop.has_evicted else None
+        past = stop.positions[..., : schedule.budget] if stop.has_evicted else None
         ends = [block.end for block in stop.blocks]
         call = Call(stop.rows, stop.starts, ends, ends[0] - stop.starts[0], past)
-        is_window = past is not None and call.length == plan.window and layer.takes_products(call)
+        is_window = past is not None and call.length == schedule.window and layer.takes_products(call)
         walk.reach(stop, layer.forward(call, out, is_window and walk.selector.only_window_attention))
     last: dict[tuple[int, bool], list[int]] = {}
-    for index, row in enumerate(plan.rows):
+    for index, row in enumerate(schedule.sequences):
         start = walk.starts[index] or 0
         if start < row.length:
-            last.setdefault((padded(start, row.length, plan.window), start > 0), []).append(index)
+            last.setdefault((padded(start, row.length, schedule.window), start > 0), []).append(index)
     for (length, has_evicted), rows in last.items():
-        past = walk.held[plan.index(rows)] if has_evicted else None
-        starts, ends = [walk.starts[row] or 0 for row in rows], [plan.rows[row].length for row in rows]
+        past = walk.held[schedule.index(rows)] if has_evicted else None
+        starts, ends = [walk.starts[row] or 0 for row in rows], [schedule.sequences[row].length for row in rows]
         layer.forward(Call(rows, starts, ends, length, past), out)
     return walk.evict_at
 
@@ -134,13 +134,13 @@ def _by_tokens(like: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
 class _Layer:
     """One layer's attention, call by call: gathers what a call sees, and puts what comes out where it belongs."""
 
-    def __init__(self, query: Tensor, key: Tensor, value: Tensor, plan: Plan, form: LogitForm) -> None:
+    def __init__(self, query: Tensor, key: Tensor, value: Tensor, schedule: Schedule, form: LogitForm) -> None:
         self.query, self.key, self.value = Entries(query), Entries(key), Entries(value)
-        self.plan, self.form, self.device = plan, form, query.device
+        self.schedule, self.form, self.device = schedule, form, query.device
 
     def _logits(self, call: Call) -> int:
         """Logits of one of the call's segments."""
-        return self.query.heads * call.length * (call.length + (0 if call.past is None else self.plan.budget))
+        return self.query.heads * call.length * (call.length + (0 if call.past is None else self.schedule.budget))
 
     def segments_per_call(self, call: Call) -> int:
         limit = _LOGITS if self.device.type == "cpu" else _LOGITS_ON_DEVICE
@@ -166,7 +166,7 @@ class _Layer:
                 segment = products.segment(query, key, value, self.form)
                 result = products.output(segment)
                 if scores:
-                    found.append(products.window_attention(segment, self.key.heads, self.plan.budget))
+                    found.append(products.window_attention(segment, self.key.heads, self.schedule.budget))
             else:
                 result = self._fused(part, query, key, value, self.form)
             _add(to, rows, queries, result, real)
@@ -202,12 +202,12 @@ class _Layer:
     def _places(self, call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Rows [N], positions of queries [N, Hq, L] and entries [N, Hkv, budget + L], and which queries are tokens of
         their segment, bool [N, 1, L, 1]; None: all. What pads a segment lies on other tokens."""
-        rows, start = self.plan.index(call.rows), self.plan.index(call.starts)[:, None]
+        rows, start = self.schedule.index(call.rows), self.schedule.index(call.starts)[:, None]
         own = start + torch.arange(call.length, device=self.device)
         real = None
         if not call.is_full:
-            real = (own < self.plan.index(call.ends)[:, None])[:, None, :, None]
-            own = own.clamp(max=self.plan.width - 1)
+            real = (own < self.schedule.index(call.ends)[:, None])[:, None, :, None]
+            own = own.clamp(max=self.schedule.width - 1)
         own = own[:, None]
         entries = own.expand(-1, self.key.heads, -1)
         if call.past is not None:
@@ -217,8 +217,8 @@ class _Layer:
     def _fused(self, call: Call, query: Tensor, key: Tensor, value: Tensor, form: LogitForm) -> Tensor:
         if call.past is None:
             return attend_entries(query, key, value, form, is_causal=True)
-        visible = torch.ones(call.length, self.plan.budget + call.length, dtype=torch.bool, device=self.device)
-        return attend_entries(query, key, value, form, visible.tril(self.plan.budget))
+        visible = torch.ones(call.length, self.schedule.budget + call.length, dtype=torch.bool, device=self.device)
+        return attend_entries(query, key, value, form, visible.tril(self.schedule.budget))
 
 
 def _add(to: Entries, rows: Tensor, positions: Tensor, part: Tensor, real: Tensor | None) -> None:

@@ -19,7 +19,7 @@ from vkvtrain.attention.packing import Layout, checked_documents
 from vkvtrain.config import EvictionConfig
 from vkvtrain.events import Chunks
 from vkvtrain.foresight import Foresight
-from vkvtrain.lifetimes import Plan, Row, make_plan, never_evicted
+from vkvtrain.lifetimes import Schedule, SequenceSchedule, make_schedule, never_evicted
 from vkvtrain.logits import LogitForm
 from vkvtrain.modules import attention_modules, virtual_tokens
 from vkvtrain.noise import Stream
@@ -127,13 +127,13 @@ class Trace:
             self._foresight = Foresight(self._selector, evicting)
         self._documents = documents
         self._shape: tuple[int, int] | None = None
-        self._plans: dict[torch.device, tuple[Plan, Layout | None]] = {}
+        self._schedules: dict[torch.device, tuple[Schedule, Layout | None]] = {}
         self._unpadded: list[Tensor] = []
 
     @property
-    def rows(self) -> list[Row]:
+    def rows(self) -> list[SequenceSchedule]:
         """Lengths and events of the rows of the pass (of the documents, if packed), once it has run."""
-        return next((plan.rows for plan, _ in self._plans.values()), [])
+        return next((schedule.sequences for schedule, _ in self._schedules.values()), [])
 
     @property
     def is_packed(self) -> bool:
@@ -171,43 +171,43 @@ class Trace:
                 f"layer {layer} ran twice in one simulated_eviction block: open a block for each forward pass, and run "
                 "a teacher before it or inside trace.suspended()"
             )
-        plan, layout = self._plan_of(mask, key.shape[0], key.shape[2], key.device)
+        schedule, layout = self._schedule_of(mask, key.shape[0], key.shape[2], key.device)
         if layout is None:
-            return self._attend_rows(layer, query, key, value, plan, form)
+            return self._attend_rows(layer, query, key, value, schedule, form)
         query, key, value = layout.apart(query), layout.apart(key), layout.apart(value)
-        return layout.together(self._attend_rows(layer, query, key, value, plan, form))
+        return layout.together(self._attend_rows(layer, query, key, value, schedule, form))
 
     def _attend_rows(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, plan: Plan, form: LogitForm
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, schedule: Schedule, form: LogitForm
     ) -> Tensor:
         """The same for one sequence a row."""
         kind = self._kinds[layer]
         self.backend = resolve(self.backend, query, value)
         if self.is_suspended or not kind.evicts:
-            plan = plan.without_events()
+            schedule = schedule.without_events()
         if self.is_suspended:
-            evict_at = never_evicted(plan, key.shape[1])
+            evict_at = never_evicted(schedule, key.shape[1])
         elif layer in self.evict_at:
             evict_at = self.evict_at[layer]
         elif kind.evicts and self._foresight is not None:
-            evict_at = self.evict_at[layer] = self._foresight.evict_at(layer, key.shape[1], plan)
+            evict_at = self.evict_at[layer] = self._foresight.evict_at(layer, key.shape[1], schedule)
         elif kind.evicts:
             assert self._selector is not None
             out, self.evict_at[layer] = attend_and_decide(
-                self.backend, query, key, value, plan, self._selector, layer, form
+                self.backend, query, key, value, schedule, self._selector, layer, form
             )
             return out
         else:
-            evict_at = self.evict_at[layer] = never_evicted(plan, key.shape[1])
+            evict_at = self.evict_at[layer] = never_evicted(schedule, key.shape[1])
         if kind.sliding_window is not None:
             of_window = reference.attend_sliding if self.backend == "reference" else sliding.attend
-            return of_window(query, key, value, kind.sliding_window, plan, form)
-        return attend(self.backend, query, key, value, evict_at, plan, form)
+            return of_window(query, key, value, kind.sliding_window, schedule, form)
+        return attend(self.backend, query, key, value, evict_at, schedule, form)
 
-    def _plan_of(
+    def _schedule_of(
         self, mask: Tensor | None, rows: int, width: int, device: torch.device
-    ) -> tuple[Plan, "Layout | None"]:
-        """Plan and layout of the pass on a layer's device: with a device map the layers lie on several."""
+    ) -> tuple[Schedule, "Layout | None"]:
+        """Schedule and layout of the pass on a layer's device: with a device map the layers lie on several."""
         if self._shape is None:
             if mask is None or any(mask is other for other in self._unpadded):
                 lengths = [width] * rows
@@ -220,15 +220,15 @@ class Trace:
                     f"prompt_lengths has {len(self._prompts)} entries for a batch of {rows} rows: give one each"
                 )
             its = (lengths, width) if layout is None else (layout.documents, layout.longest)
-            plan = make_plan(self._config, self._prompts, self._streams, *its, device)
+            schedule = make_schedule(self._config, self._prompts, self._streams, *its, device)
             self._shape = (rows, width)
-            self._plans[device] = (plan, layout and layout.on(device))
+            self._schedules[device] = (schedule, layout and layout.on(device))
         elif self._shape != (rows, width):
             raise ValueError("the layers of one simulated pass saw batches of different shapes")
-        if device not in self._plans:
-            plan, layout = next(iter(self._plans.values()))
-            self._plans[device] = (plan.on(device), layout and layout.on(device))
-        return self._plans[device]
+        if device not in self._schedules:
+            schedule, layout = next(iter(self._schedules.values()))
+            self._schedules[device] = (schedule.on(device), layout and layout.on(device))
+        return self._schedules[device]
 
 
 @contextmanager

@@ -4,22 +4,22 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from vkvtrain.lifetimes import Plan
+from vkvtrain.lifetimes import Schedule
 from vkvtrain.logits import LogitForm
 from vkvtrain.logits import attend as attend_entries
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, window: int, plan: Plan, form: LogitForm) -> Tensor:
+def attend(query: Tensor, key: Tensor, value: Tensor, window: int, schedule: Schedule, form: LogitForm) -> Tensor:
     """Attention output [B, S, Hq, D] under the mask `i - window < j <= i`; zero at padding.
 
     Args:
         query: [B, Hq, S, D].
         key, value: [B, Hkv, S, D].
         window: newest tokens that a query sees, itself included.
-        plan: the batch's rows.
+        schedule: lengths of the batch's sequences.
         form: scaling, soft cap and sinks of the attention.
     """
-    rows, width = query.shape[0], plan.width
+    rows, width = query.shape[0], schedule.width
     blocks = -(-width // window)
     # a block's queries see its own keys and those of the block before, which for the first one do not exist
     fill = (0, 0, 0, blocks * window - width)
@@ -40,5 +40,5 @@ def attend(query: Tensor, key: Tensor, value: Tensor, window: int, plan: Plan, f
     visible = torch.cat([first[None], visible.expand(blocks - 1, -1, -1)]).repeat(rows, 1, 1)[:, None]
     out = attend_entries(split(query), with_previous(key), with_previous(value), form, visible)
     out = out.unflatten(0, (rows, blocks)).permute(0, 1, 3, 2, 4).flatten(1, 2)[:, :width]
-    real = torch.arange(width, device=query.device) < plan.lengths[:, None]
+    real = torch.arange(width, device=query.device) < schedule.lengths[:, None]
     return torch.where(real[:, :, None, None], out, 0.0)

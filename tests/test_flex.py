@@ -9,6 +9,7 @@ from test_attention import FORM, FORMS, batches, fitting, make, outputs_and_grad
 
 from vkvtrain import EvictionConfig, simulated_eviction
 from vkvtrain.attention import backends, flex, reference
+from vkvtrain.logits import LayerInputs
 
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="FlexAttention's backward pass needs a GPU")
 
@@ -29,8 +30,8 @@ def by_block(mask):
 def test_forward_equals_reference(batch, seed):
     tensors = make(*batch, seed)
     for form in FORMS:
-        its = fitting(form, tensors[0].shape[1])
-        ours, theirs = flex.attend(*tensors, its), reference.attend(*tensors, its)
+        inputs = LayerInputs(*tensors[:3], fitting(form, tensors[0].shape[1]))
+        ours, theirs = flex.attend(inputs, *tensors[3:]), reference.attend(inputs, *tensors[3:])
         assert (ours - theirs).abs().max() < 1e-10
 
 
@@ -117,7 +118,7 @@ def test_compiled_kernels_equal_reference(form, dtype):
     sinks = None if form.sinks is None else form.sinks.to(device, dtype)
     form = type(form)(form.scaling, form.softcap, sinks)
     leaves = [tensor.to(device, dtype).requires_grad_() for tensor in (query, key, value)]
-    out = flex.attend(*leaves, evict_at.to(device), schedule.on(device), form)
+    out = flex.attend(LayerInputs(*leaves, form), evict_at.to(device), schedule.on(device))
     upstream = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).view(out.shape)
     out.backward(upstream.to(device, dtype))
     rounding = 2e-2 if dtype == torch.bfloat16 else 5e-3

@@ -72,7 +72,7 @@ def blocks(prompt: int | Chunks, length: int, budget: int, window: int) -> list[
         budget: entries kept after an event.
         window: newest entries, and the number of tokens between two events.
     """
-    found: list[Block] = []
+    filled: list[Block] = []
     live = position = events = 0
     for start, end in [*normalise_chunks(prompt, length), (length, length)]:
         for stop, decodes in ((start, True), (end, False)):
@@ -82,10 +82,10 @@ def blocks(prompt: int | Chunks, length: int, budget: int, window: int) -> list[
                 if live % window:
                     continue
                 due = decodes and is_due(live, budget, window)
-                found.append(Block(position, live, Event(events, position - 1, live) if due else None))
+                filled.append(Block(position, live, Event(events, position - 1, live) if due else None))
                 if due:
                     live, events = budget, events + 1
-    return found
+    return filled
 
 
 def events_of(prompt: int | Chunks, length: int, budget: int, window: int) -> list[Event]:

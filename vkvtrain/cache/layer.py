@@ -98,7 +98,7 @@ class EvictionLayer(RowLayer):
 
     def match_storage(self, layers: Sequence[RowLayer]) -> None:
         evicting = [layer for layer in layers if isinstance(layer, EvictionLayer)]
-        capacity = max(layer.storage.capacity for layer in evicting if layer.is_initialized)
+        capacity = max(layer.storage.capacity for layer in evicting)
         for layer in evicting:
             layer._resize(capacity)
 

@@ -22,8 +22,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from vkvtrain import EvictionConfig
 from vkvtrain.attention.backends import attend, attend_and_decide, resolve
 from vkvtrain.foresight import Foresight
-from vkvtrain.lifetimes import Plan, lifetimes, make_plan
-from vkvtrain.logits import LogitForm
+from vkvtrain.lifetimes import Schedule, lifetimes, make_schedule
+from vkvtrain.logits import LayerInputs, LogitForm
 from vkvtrain.selection import Selector
 
 
@@ -62,32 +62,31 @@ class Shape:
         query, key, value = (tensor.transpose(1, 2).requires_grad_() for tensor in made[:3])
         return query, key, value, made[3]
 
-    def eviction(self) -> tuple[Plan, Selector, LogitForm]:
+    def eviction(self) -> tuple[Schedule, Selector, LogitForm]:
         config = EvictionConfig(policy=self.policy, budget=self.budget, window=self.window)
         rows = range(self.batch)
-        plan = make_plan(config, [self.prompt for _ in rows], rows, [self.tokens for _ in rows], self.tokens, self.on)
-        return plan, Selector(config), LogitForm(self.head_dim**-0.5)
+        schedule = make_schedule(
+            config, [self.prompt for _ in rows], rows, [self.tokens for _ in rows], self.tokens, self.on
+        )
+        return schedule, Selector(config), LogitForm(self.head_dim**-0.5)
 
 
 def dense(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True).transpose(1, 2)
 
 
-def decide(query: Tensor, key: Tensor, value: Tensor, plan: Plan, selector: Selector, form: LogitForm) -> Tensor:
+def decide(inputs: LayerInputs, schedule: Schedule, selector: Selector) -> Tensor:
     """`evict_at` of a model's only layer."""
     if selector.data_independent:
-        return Foresight(selector, [0]).evict_at(0, key.shape[1], plan)
-    return lifetimes(query, key, value, plan, selector, 0, form)
+        return Foresight(selector, [0]).evict_at(0, inputs.key.shape[1], schedule)
+    return lifetimes(inputs.query, inputs.key, inputs.value, schedule, selector, 0, inputs.form)
 
 
-def evicted(
-    backend: str, query: Tensor, key: Tensor, value: Tensor, plan: Plan, selector: Selector, form: LogitForm
-) -> Tensor:
+def evicted(backend: str, inputs: LayerInputs, schedule: Schedule, selector: Selector) -> Tensor:
     """Attention output, decided as training does."""
     if selector.data_independent:
-        evict_at = decide(query, key, value, plan, selector, form)
-        return attend(backend, query, key, value, evict_at, plan, form)
-    return attend_and_decide(backend, query, key, value, plan, selector, 0, form)[0]
+        return attend(backend, inputs, decide(inputs, schedule, selector), schedule)
+    return attend_and_decide(backend, inputs, schedule, selector, 0)[0]
 
 
 def step(shape: Shape, side: str, warm_up: bool = False) -> None:
@@ -99,18 +98,19 @@ def step(shape: Shape, side: str, warm_up: bool = False) -> None:
     if side == "dense":
         out = dense(query, key, value)
     else:
-        plan, selector, form = shape.eviction()
+        schedule, selector, form = shape.eviction()
         backend = resolve(shape.backend, query, value)
-        out = evicted(backend, query, key, value, plan, selector, form)
+        out = evicted(backend, LayerInputs(query, key, value, form), schedule, selector)
     out.backward(gradient)
 
 
 def timed(shape: Shape, rounds: int) -> tuple[str, dict[str, dict[str, float]]]:
     """The backend, and the seconds of each side."""
     query, key, value, gradient = shape.tensors()
-    plan, selector, form = shape.eviction()
+    schedule, selector, form = shape.eviction()
     backend = resolve(shape.backend, query, value)
-    evict_at = decide(query, key, value, plan, selector, form)
+    inputs = LayerInputs(query, key, value, form)
+    evict_at = decide(inputs, schedule, selector)
 
     def backward(out: Tensor) -> None:
         out.backward(gradient)
@@ -118,9 +118,9 @@ def timed(shape: Shape, rounds: int) -> tuple[str, dict[str, dict[str, float]]]:
 
     sides = {
         "dense": lambda: backward(dense(query, key, value)),
-        "evicted": lambda: backward(evicted(backend, query, key, value, plan, selector, form)),
-        "walk": lambda: decide(query, key, value, plan, selector, form),
-        "attention": lambda: backward(attend(backend, query, key, value, evict_at, plan, form)),
+        "evicted": lambda: backward(evicted(backend, inputs, schedule, selector)),
+        "walk": lambda: decide(inputs, schedule, selector),
+        "attention": lambda: backward(attend(backend, inputs, evict_at, schedule)),
     }
     return backend, in_turn(sides, rounds, shape.on)
 
@@ -128,9 +128,11 @@ def timed(shape: Shape, rounds: int) -> tuple[str, dict[str, dict[str, float]]]:
 def measure(shape: Shape, rounds: int) -> dict[str, Any]:
     """Times, ratios and peaks of one shape."""
     backend, times = timed(shape, rounds)
-    events = sum(len(row.events) for row in shape.eviction()[0].rows) // shape.batch
+    schedule, selector, form = shape.eviction()
+    events = sum(len(sequence.events) for sequence in schedule.sequences) // shape.batch
+    query, key, value, _ = shape.tensors()
     with Kernels() as kernels:
-        decide(*shape.tensors()[:3], *shape.eviction())
+        decide(LayerInputs(query, key, value, form), schedule, selector)
     peaks = {side: peak_bytes(step, shape, side, device=shape.on) for side in ("dense", "evicted")}
     return {
         "shape": vars(shape),

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from vkvtrain import EvictionCache, EvictionConfig, simulated_eviction
-from vkvtrain.events import schedule
+from vkvtrain.events import events_of
 from vkvtrain.support import ATTENTION
 from vkvtrain.tiny import MODEL_PATH, task
 
@@ -87,7 +87,7 @@ def draw(panels: dict[str, Tensor], prompt: int, path: Path) -> None:
         for entries, name in ((CONFIG.budget, "budget"), (CONFIG.budget + CONFIG.window, "budget + window")):
             below.axhline(entries, color="#999999", linewidth=0.8, linestyle=":")
             below.annotate(name, (0, entries), va="bottom", fontsize=8, color="#666666")
-        for event in schedule(prompt, length, CONFIG.budget, CONFIG.window):
+        for event in events_of(prompt, length, CONFIG.budget, CONFIG.window):
             for each in (above, below):
                 each.axvline(event.position + 0.5, color="#e45756", linewidth=0.8)
         above.axhline(CONFIG.sinks - 0.5, color="#333333", linewidth=0.6)

@@ -9,8 +9,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from vkvtrain import EvictionConfig
 from vkvtrain.attention import reference, segments, sliding
-from vkvtrain.lifetimes import lifetimes, make_plan, never_evicted
-from vkvtrain.logits import LogitForm, attend
+from vkvtrain.lifetimes import lifetimes, make_schedule, never_evicted
+from vkvtrain.logits import LayerInputs, LogitForm, attend
 from vkvtrain.selection import Selector
 
 FORM = LogitForm(0.3)
@@ -45,14 +45,14 @@ def make(config, prompts, lengths, heads, seed=0, dim=8):
     key, value = (
         torch.randn(len(lengths), heads[1], width, dim, dtype=torch.float64, generator=generator) for _ in range(2)
     )
-    plan = make_plan(config, prompts, list(range(len(lengths))), lengths, width, torch.device("cpu"))
-    evict_at = lifetimes(query, key, value, plan, Selector(config), 0, FORM)
-    return query, key, value, evict_at, plan
+    schedule = make_schedule(config, prompts, list(range(len(lengths))), lengths, width, torch.device("cpu"))
+    evict_at = lifetimes(query, key, value, schedule, Selector(config), 0, FORM)
+    return query, key, value, evict_at, schedule
 
 
 def outputs_and_gradients(attend, query, key, value, *arguments, form=FORM):
     leaves = [tensor.clone().requires_grad_() for tensor in (query, key, value)]
-    out = attend(*leaves, *arguments, form)
+    out = attend(LayerInputs(*leaves, form), *arguments)
     weights = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).view(out.shape)
     (out * weights).sum().backward()
     return [out.detach(), *(leaf.grad for leaf in leaves)]
@@ -79,19 +79,19 @@ def test_segments_equals_reference(batch, seed, form):
 def test_one_walk_decides_and_attends(batch, seed, form):
     """The same decisions as `lifetimes`, and the reference's attention."""
     config, *_ = batch
-    query, key, value, _, plan = make(*batch, seed)
+    query, key, value, _, schedule = make(*batch, seed)
     form = fitting(form, query.shape[1])
-    evict_at = lifetimes(query, key, value, plan, Selector(config), 0, form)
+    evict_at = lifetimes(query, key, value, schedule, Selector(config), 0, form)
     assert segments.can_decide(Selector(config), query.device)
 
-    def walk(query, key, value, form):
-        out, decided = segments.attend_and_decide(query, key, value, plan, Selector(config), 0, form)
+    def walk(inputs):
+        out, decided = segments.attend_and_decide(inputs, schedule, Selector(config), 0)
         assert torch.equal(decided, evict_at)
         return out
 
     for ours, theirs in zip(
         outputs_and_gradients(walk, query, key, value, form=form),
-        outputs_and_gradients(reference.attend, query, key, value, evict_at, plan, form=form),
+        outputs_and_gradients(reference.attend, query, key, value, evict_at, schedule, form=form),
         strict=True,
     ):
         assert (ours - theirs).abs().max() < 1e-10
@@ -102,28 +102,28 @@ def test_one_walk_decides_and_attends(batch, seed, form):
 def test_scores_where_the_window_pays_the_past_nothing(policy, distance):
     """Every segment attends to itself by far the most: the scores are shares of what is left of the attention."""
     config = EvictionConfig(policy=policy, budget=8, window=4, sinks=1)
-    query, key, value, _, plan = make(config, [[(0, 3)], [(0, 5)]], [60, 50], (4, 2))
+    query, key, value, _, schedule = make(config, [[(0, 3)], [(0, 5)]], [60, 50], (4, 2))
     block = torch.nn.functional.one_hot(torch.arange(62) // 4 % 8, 8) * distance
     query, key = query + block, key + block
-    evict_at = lifetimes(query, key, value, plan, Selector(config), 0, FORM)
-    out, decided = segments.attend_and_decide(query, key, value, plan, Selector(config), 0, FORM)
+    evict_at = lifetimes(query, key, value, schedule, Selector(config), 0, FORM)
+    out, decided = segments.attend_and_decide(LayerInputs(query, key, value, FORM), schedule, Selector(config), 0)
     assert torch.equal(decided, evict_at)
-    assert (out - reference.attend(query, key, value, evict_at, plan, FORM)).abs().max() < 1e-10
+    assert (out - reference.attend(LayerInputs(query, key, value, FORM), evict_at, schedule)).abs().max() < 1e-10
 
 
 @pytest.mark.parametrize(("dtype", "rounding"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2), (torch.float16, 4e-3)])
 def test_lower_precision(dtype, rounding):
     """Outputs and gradients keep the inputs' dtype and come within its rounding of float64."""
     config = EvictionConfig(policy="random", budget=12, window=4, sinks=1)
-    query, key, value, evict_at, plan = make(config, [[(0, 5)], [(0, 30)]], [70, 66], (4, 2))
+    query, key, value, evict_at, schedule = make(config, [[(0, 5)], [(0, 30)]], [70, 66], (4, 2))
     low = [tensor.to(dtype).requires_grad_() for tensor in (query, key, value)]
     exact = [tensor.detach().double().requires_grad_() for tensor in low]
-    upstream = torch.randn(2, plan.width, 4, 8, generator=torch.Generator().manual_seed(1)).to(dtype)
+    upstream = torch.randn(2, schedule.width, 4, 8, generator=torch.Generator().manual_seed(1)).to(dtype)
     for leaves in (low, exact):
-        segments.attend(*leaves, evict_at, plan, FORM).backward(upstream.to(leaves[0].dtype))
-    ours = segments.attend(*low, evict_at, plan, FORM)
+        segments.attend(LayerInputs(*leaves, FORM), evict_at, schedule).backward(upstream.to(leaves[0].dtype))
+    ours = segments.attend(LayerInputs(*low, FORM), evict_at, schedule)
     assert ours.dtype == dtype
-    assert (ours.double() - segments.attend(*exact, evict_at, plan, FORM)).abs().max() < rounding
+    assert (ours.double() - segments.attend(LayerInputs(*exact, FORM), evict_at, schedule)).abs().max() < rounding
     for mine, theirs in zip(low, exact, strict=True):
         assert mine.grad.dtype == dtype
         assert (mine.grad.double() - theirs.grad).abs().max() < rounding * max(1.0, theirs.grad.abs().max())
@@ -131,11 +131,11 @@ def test_lower_precision(dtype, rounding):
 
 @given(batches(), st.integers(1, 80), st.integers(0, 1000), st.sampled_from(FORMS))
 def test_sliding_windows_equal_the_reference(batch, window, seed, form):
-    query, key, value, _, plan = make(*batch, seed)
+    query, key, value, _, schedule = make(*batch, seed)
     form = fitting(form, query.shape[1])
     for ours, theirs in zip(
-        outputs_and_gradients(sliding.attend, query, key, value, window, plan, form=form),
-        outputs_and_gradients(reference.attend_sliding, query, key, value, window, plan, form=form),
+        outputs_and_gradients(sliding.attend, query, key, value, window, schedule, form=form),
+        outputs_and_gradients(reference.attend_sliding, query, key, value, window, schedule, form=form),
         strict=True,
     ):
         assert (ours - theirs).abs().max() < 1e-10
@@ -144,10 +144,10 @@ def test_sliding_windows_equal_the_reference(batch, window, seed, form):
 @pytest.mark.parametrize("form", FORMS[1:], ids=["softcap", "sinks"])
 def test_the_reference_honours_the_form(form):
     """Soft cap and sinks as the loop over queries says."""
-    query, key, value, evict_at, plan = make(
+    query, key, value, evict_at, schedule = make(
         EvictionConfig(policy="snapkv", budget=8, window=4, sinks=1), [[(0, 3)]], [20], (4, 2)
     )
-    out = reference.attend(query, key, value, evict_at, plan, form)
+    out = reference.attend(LayerInputs(query, key, value, form), evict_at, schedule)
     for head in range(4):
         for i in range(20):
             seen = [j for j in range(i + 1) if i < evict_at[0, head // 2, j]]
@@ -163,7 +163,7 @@ def test_a_query_that_sees_nothing_gets_zero_and_no_nan_gradient():
     for form in FORMS:
         leaf = torch.randn(1, 4, 3, 8, dtype=torch.float64).requires_grad_()
         visible = torch.tensor([[False] * 3, [True, False, False], [True] * 3])
-        out = attend(leaf, leaf[:, :2], leaf[:, :2], form, visible)
+        out = attend(LayerInputs(leaf, leaf[:, :2], leaf[:, :2], form), visible)
         assert (out[:, :, 0] == 0).all()
         out.sum().backward()
         assert leaf.grad.isfinite().all()
@@ -182,8 +182,8 @@ def test_small_calls_give_the_same(monkeypatch):
 def test_reference_equals_a_loop_over_queries():
     config = EvictionConfig(policy="random", budget=8, window=4, sinks=1)
     lengths = [25, 13]
-    query, key, value, evict_at, plan = make(config, [[(0, 3)], [(0, 11)]], lengths, (4, 2))
-    out = reference.attend(query, key, value, evict_at, plan, FORM)
+    query, key, value, evict_at, schedule = make(config, [[(0, 3)], [(0, 11)]], lengths, (4, 2))
+    out = reference.attend(LayerInputs(query, key, value, FORM), evict_at, schedule)
     assert (evict_at[0] <= 24).any()
     for row, length in enumerate(lengths):
         for head in range(4):
@@ -197,9 +197,9 @@ def test_reference_equals_a_loop_over_queries():
 @pytest.mark.parametrize("attend", [segments.attend, reference.attend])
 def test_a_budget_that_is_never_exceeded_is_dense_attention(attend):
     config = EvictionConfig(policy="vase_attnv", budget=64, window=16)
-    query, key, value, evict_at, plan = make(config, [[(0, 5)], [(0, 20)]], [64, 40], (4, 2))
-    assert torch.equal(evict_at, never_evicted(plan, 2))
-    out = attend(query, key, value, evict_at, plan, FORM)
+    query, key, value, evict_at, schedule = make(config, [[(0, 5)], [(0, 20)]], [64, 40], (4, 2))
+    assert torch.equal(evict_at, never_evicted(schedule, 2))
+    out = attend(LayerInputs(query, key, value, FORM), evict_at, schedule)
     dense = scaled_dot_product_attention(query, key, value, is_causal=True, scale=0.3, enable_gqa=True).transpose(1, 2)
     for row, length in enumerate([64, 40]):
         assert (out[row, :length] - dense[row, :length]).abs().max() < 1e-12

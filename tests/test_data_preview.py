@@ -11,7 +11,7 @@ from short_runs import short_recipe
 
 from vkvtrain.cli import main
 from vkvtrain.config import EvictionConfig
-from vkvtrain.events import schedule
+from vkvtrain.events import events_of
 from vkvtrain.tiny import task
 from vkvtrain.training.data import Row, TrainingData
 from vkvtrain.training.data.preview import evictions, lengths_table, never_evicted, pieces, preview, rendered, visible
@@ -78,7 +78,7 @@ def rows(*lengths):
 def test_the_share_of_rows_that_never_reach_the_budget():
     config = EvictionConfig(policy="snapkv", budget=32, window=16)
     data = rows((10, 30), (10, 37), (10, 39), (50, 14), (50, 15), (1, 100))
-    expected = [len(schedule(row.prompt_length, row.length - 1, 32, 16)) for row in data]
+    expected = [len(events_of(row.prompt_length, row.length - 1, 32, 16)) for row in data]
     assert [evictions(row, config) for row in data] == expected == [0, 0, 1, 0, 1, 4]
     assert never_evicted(data, config) == 0.5
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vkvtrain.events import evictions_by, is_due, normalise_chunks, peak_entries, schedule
+from vkvtrain.events import events_of, evictions_by, is_due, normalise_chunks, peak_entries
 
 
 def walk(chunks, length, budget, window):
@@ -42,7 +42,7 @@ def settings(draw):
 @given(settings())
 def test_schedule_is_the_contract(setting):
     events, peak = walk(*setting)
-    found = schedule(*setting)
+    found = events_of(*setting)
     assert [(event.position, event.live) for event in found] == events
     assert [event.index for event in found] == list(range(len(events)))
     assert evictions_by(*setting) == len(events)
@@ -51,7 +51,7 @@ def test_schedule_is_the_contract(setting):
 
 @given(st.integers(1, 200), st.integers(1, 200), st.integers(1, 16), st.integers(2, 6))
 def test_after_the_first_event_they_come_every_window(prompt, more, window, times):
-    events = schedule(prompt, prompt + more, window * times, window)
+    events = events_of(prompt, prompt + more, window * times, window)
     positions = [event.position for event in events]
     assert all(b - a == window for a, b in pairwise(positions))
     assert all(event.live == window * (times + 1) for event in events[1:])

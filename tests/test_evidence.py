@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from vkvtrain import EvictionConfig, ledger
 from vkvtrain.ablation.grid import load_sweep
-from vkvtrain.events import schedule
+from vkvtrain.events import events_of
 from vkvtrain.training.overrides import load_recipe
 
 ROOT = Path(__file__).parents[1]
@@ -96,7 +96,7 @@ def test_held_is_what_the_cache_holds_when_a_line_needs_it(arms):
     for problem in problems:
         prompt, text = len(problem.prompt), problem.prompt + problem.response
         for need in ledger.needs(problem):
-            ends = [event.position + 1 for event in schedule(prompt, len(text), 64, 8) if event.position < need.at - 1]
+            ends = [event.position + 1 for event in events_of(prompt, len(text), 64, 8) if event.position < need.at - 1]
             oldest = max((end - (64 - config.sinks) for end in ends), default=0)
             digits = range(*need.stated)
             shares.setdefault(need.age, []).append(sum(place >= oldest for place in digits) / len(digits))

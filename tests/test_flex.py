@@ -9,6 +9,7 @@ from test_attention import FORM, FORMS, batches, fitting, make, outputs_and_grad
 
 from vkvtrain import EvictionConfig, simulated_eviction
 from vkvtrain.attention import backends, flex, reference
+from vkvtrain.logits import LayerInputs
 
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="FlexAttention's backward pass needs a GPU")
 
@@ -29,8 +30,8 @@ def by_block(mask):
 def test_forward_equals_reference(batch, seed):
     tensors = make(*batch, seed)
     for form in FORMS:
-        its = fitting(form, tensors[0].shape[1])
-        ours, theirs = flex.attend(*tensors, its), reference.attend(*tensors, its)
+        inputs = LayerInputs(*tensors[:3], fitting(form, tensors[0].shape[1]))
+        ours, theirs = flex.attend(inputs, *tensors[3:]), reference.attend(inputs, *tensors[3:])
         assert (ours - theirs).abs().max() < 1e-10
 
 
@@ -40,8 +41,8 @@ def test_block_lists_miss_no_visible_pair(batch, seed):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(flex, "BLOCK", 8)
         patch.setattr(flex, "_EVENTS", 2)
-        *_, evict_at, plan = make(*batch, seed)
-        order, position, until = flex.sorted_keys(evict_at, plan.window)
+        *_, evict_at, schedule = make(*batch, seed)
+        order, position, until = flex.sorted_keys(evict_at, schedule.window)
         assert torch.equal(order.sort(-1).values, torch.arange(order.shape[-1]).expand_as(order))
         assert torch.equal(position, order.int())
         mask = visible(position, until)
@@ -64,8 +65,8 @@ def test_sorting_skips_blocks(monkeypatch):
     """2048 tokens at a budget of 256 in blocks of 32: less than half of the blocks of dense attention."""
     monkeypatch.setattr(flex, "BLOCK", 32)
     config = EvictionConfig(policy="random", budget=256, window=16)
-    *_, evict_at, plan = make(config, [[(0, 20)]], [2046], (2, 2))
-    _, position, until = flex.sorted_keys(evict_at, plan.window)
+    *_, evict_at, schedule = make(config, [[(0, 20)]], [2046], (2, 2))
+    _, position, until = flex.sorted_keys(evict_at, schedule.window)
     seen, _ = flex.visited_blocks(position, until)
     natural, _ = flex.visited_blocks(torch.arange(2048).int().expand_as(position), evict_at)
     blocks = 2048 // flex.BLOCK
@@ -112,12 +113,12 @@ def test_compiled_kernels_equal_reference(form, dtype):
     exact = make(config, [[(0, 50)], [(0, 200)]], [700, 611], (4, 2), dim=64)
     form = form if form is FORM else fitting(form, 4)
     expected = outputs_and_gradients(reference.attend, *exact, form=form)
-    query, key, value, evict_at, plan = exact
+    query, key, value, evict_at, schedule = exact
     device = torch.device("cuda")
     sinks = None if form.sinks is None else form.sinks.to(device, dtype)
     form = type(form)(form.scaling, form.softcap, sinks)
     leaves = [tensor.to(device, dtype).requires_grad_() for tensor in (query, key, value)]
-    out = flex.attend(*leaves, evict_at.to(device), plan.on(device), form)
+    out = flex.attend(LayerInputs(*leaves, form), evict_at.to(device), schedule.on(device))
     upstream = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).view(out.shape)
     out.backward(upstream.to(device, dtype))
     rounding = 2e-2 if dtype == torch.bfloat16 else 5e-3

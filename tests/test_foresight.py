@@ -14,7 +14,7 @@ from test_packing import assert_same, packed_step
 from vkvtrain import EvictionConfig, foresight, simulated_eviction
 from vkvtrain.attention import segments
 from vkvtrain.foresight import Foresight
-from vkvtrain.lifetimes import lifetimes, make_plan
+from vkvtrain.lifetimes import lifetimes, make_schedule
 from vkvtrain.logits import LogitForm
 from vkvtrain.policies import POLICIES
 from vkvtrain.selection import Selector
@@ -81,34 +81,34 @@ def passes(draw):
 def test_all_layers_at_once_equal_a_walk_for_each(drawn, entries):
     """However many layers are walked together, and whichever asks first."""
     config, prompts, streams, lengths, width, heads = drawn
-    plan = make_plan(config, prompts, streams, lengths, width, CPU)
+    schedule = make_schedule(config, prompts, streams, lengths, width, CPU)
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a long prompt is clipped, and says so
         patch.setattr(foresight, "_ENTRIES", entries)
         at_once = Foresight(Selector(config), sorted(heads))
         for layer, count in heads.items():
             data = torch.randn(len(lengths), count, width, 4)
-            alone = lifetimes(data, data, data, plan, Selector(config), layer, LogitForm(0.5))
-            ours = at_once.evict_at(layer, count, plan)
+            alone = lifetimes(data, data, data, schedule, Selector(config), layer, LogitForm(0.5))
+            ours = at_once.evict_at(layer, count, schedule)
             assert ours.dtype == torch.int64
             assert torch.equal(ours, alone)
 
 
 def test_the_draws_differ_from_layer_to_layer():
     config = EvictionConfig(policy="random", budget=16, window=4, sinks=2)
-    plan = make_plan(config, [3, 20], [0, 1], [60, 50], 60, CPU)
+    schedule = make_schedule(config, [3, 20], [0, 1], [60, 50], 60, CPU)
     at_once = Foresight(Selector(config), [0, 1])
-    assert not torch.equal(at_once.evict_at(0, 2, plan), at_once.evict_at(1, 2, plan))
+    assert not torch.equal(at_once.evict_at(0, 2, schedule), at_once.evict_at(1, 2, schedule))
 
 
 @pytest.mark.parametrize("policy", FORESEEN)
 def test_layers_on_another_device(policy):
     """With a device map a layer finds its part where it lies; `meta` stands in for the second device."""
     config = EvictionConfig(policy=policy, budget=16, window=4, sinks=2)
-    plan = make_plan(config, [3, 20], [0, 1], [60, 50], 60, CPU)
+    schedule = make_schedule(config, [3, 20], [0, 1], [60, 50], 60, CPU)
     at_once = Foresight(Selector(config), [0, 1])
-    assert at_once.evict_at(0, 2, plan).device == CPU
-    elsewhere = at_once.evict_at(1, 2, plan.on(torch.device("meta")))
+    assert at_once.evict_at(0, 2, schedule).device == CPU
+    elsewhere = at_once.evict_at(1, 2, schedule.on(torch.device("meta")))
     assert (elsewhere.device.type, elsewhere.shape) == ("meta", (2, 2, 60))
 
 
@@ -160,8 +160,8 @@ def test_a_training_step_decides_once(policy, checkpointing):
     theirs, calls_of_walks = walking(training_step, tiny_model(layers=4), config)
     assert_same(ours, theirs)
     assert all(((at > 0) & (at <= 46)).any() for layer, at in ours[2].items() if layer != 1)
-    plan = make_plan(config, PROMPTS, [0, 1], [len(row) for row in ROWS], len(ROWS[1]), CPU)
-    events = sum(len({block.live for block in at}) for at in _by_number([row.blocks for row in plan.rows]))
+    schedule = make_schedule(config, PROMPTS, [0, 1], [len(row) for row in ROWS], len(ROWS[1]), CPU)
+    events = sum(len({block.live for block in at}) for at in _by_number([row.blocks for row in schedule.sequences]))
     assert calls_of_walks == 3 * events > 20  # layers that evict
     assert calls == (0 if Selector(config).keeps_newest else events)
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from passes import held_at, right_padded, rows_of, simulate, tiny_model
 
 from vkvtrain import EvictionCache, EvictionConfig, simulated_eviction
-from vkvtrain.logits import LogitForm
+from vkvtrain.logits import LayerInputs, LogitForm
 from vkvtrain.policies import POLICIES
 
 EVICTING = [name for name in POLICIES if name != "full"]
@@ -102,7 +102,7 @@ def replay(config, query, key, value, prompts):
     for start, end in [(0, prompts), *((i, i + 1) for i in range(prompts, key.shape[2]))]:
         k, v = cache.update(key[:, :, start:end], value[:, :, start:end], 0)
         layer = cache.layers[0]
-        outputs.append(layer.attend(query[:, :, start:end], k, v, None, LogitForm(0.25)))
+        outputs.append(layer.attend(LayerInputs(query[:, :, start:end], k, v, LogitForm(0.25)), None))
     return torch.cat(outputs, 1), [cache.positions(0, row) for row in range(key.shape[0])]
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from oracles import ORACLES, Event, kept, walk
 
 from vkvtrain import EvictionConfig
-from vkvtrain.lifetimes import lifetimes, make_plan
+from vkvtrain.lifetimes import lifetimes, make_schedule
 from vkvtrain.logits import LogitForm
 from vkvtrain.noise import NoiseSource, stream_key
 from vkvtrain.policies import POLICIES, Candidates
@@ -130,8 +130,8 @@ def test_a_whole_sequence(policy, prompt):
         torch.randn(1, heads, 44, 6, generator=generator, dtype=torch.float64) for heads in (4, 2, 2)
     )
     config = EvictionConfig(policy=policy, budget=12, window=4, sinks=1)
-    plan = make_plan(config, [prompt], [0], [44], 44, torch.device("cpu"))
-    ours = lifetimes(2 * queries, keys, values, plan, Selector(config), 0, LogitForm(0.4))
+    schedule = make_schedule(config, [prompt], [0], [44], 44, torch.device("cpu"))
+    ours = lifetimes(2 * queries, keys, values, schedule, Selector(config), 0, LogitForm(0.4))
     expected = walk(
         policy, 2 * queries[0].numpy(), keys[0].numpy(), values[0].numpy(), prompt,
         budget=12, window=4, sinks=1, scaling=0.4,

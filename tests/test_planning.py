@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vkvtrain import EvictionConfig, simulated_eviction
 from vkvtrain.cli import main
-from vkvtrain.events import schedule
+from vkvtrain.events import events_of
 from vkvtrain.planning.architecture import architecture_of, preset_names, read_architecture
 from vkvtrain.planning.decoding import Decoding, roof
 from vkvtrain.planning.devices import DEVICES, Device, find_device
@@ -106,7 +106,7 @@ def test_matrix_products_are_what_torch_counts():
 def test_keys_seen_against_the_events(seq, budget, window):
     """Up to half a window for the position of the first event."""
     live, total = 0, 0
-    events = {event.position for event in schedule(1, seq, budget, window)} if budget else set()
+    events = {event.position for event in events_of(1, seq, budget, window)} if budget else set()
     for position in range(seq):
         live += 1
         total += live

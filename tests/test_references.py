@@ -4,7 +4,7 @@ The settings that stand for each reference are in `references.py`. Nothing is fe
 """
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -13,7 +13,7 @@ from references import BUDGET, FIXTURE, QUARTER, REFERENCES, SEEDS, Inputs, Refe
 from torch import Tensor
 
 from vkvtrain import EvictionConfig
-from vkvtrain.lifetimes import lifetimes, make_plan
+from vkvtrain.lifetimes import lifetimes, make_schedule
 from vkvtrain.logits import LogitForm
 from vkvtrain.noise import NoiseSource
 from vkvtrain.policies import POLICIES, Candidates, window_attention
@@ -53,7 +53,7 @@ def config_of(setting: dict[str, Any], window: int) -> EvictionConfig:
     return EvictionConfig(**setting, budget=BUDGET, window=window)
 
 
-def candidates(inputs: Inputs) -> Candidates:
+def candidates(inputs: Inputs, attention: Tensor | None = None) -> Candidates:
     window = inputs.queries.shape[2]
     count = inputs.keys.shape[2] - window
     nothing = torch.zeros(1, dtype=torch.int64)
@@ -61,7 +61,7 @@ def candidates(inputs: Inputs) -> Candidates:
         positions=torch.arange(count).expand(1, inputs.keys.shape[1], -1),
         queries=inputs.queries, keys=inputs.keys[:, :, :count], values=inputs.values[:, :, :count],
         scaling=inputs.keys.shape[-1] ** -0.5, noise=RecordedNoise((nothing, nothing), nothing, 0, inputs),
-        window_keys=inputs.keys[:, :, count:],
+        window_keys=inputs.keys[:, :, count:], attention=attention,
     )  # fmt: skip
 
 
@@ -130,7 +130,7 @@ def test_snapkv_differs_by_its_softmax_alone():
         window, held = logits.shape[-2:]
         later = torch.ones(window, held, dtype=torch.bool).triu(held - window + 1)
         prompt_form = logits.masked_fill(later, -torch.inf).softmax(-1)[..., : held - window].mean(2)
-        assert kept(config, replace(found, attention=prompt_form)) == expected
+        assert kept(config, candidates(inputs, prompt_form)) == expected
         decode_form += kept(config, found) == expected
     assert decode_form < len(SEEDS)
 
@@ -141,9 +141,9 @@ def test_h2o_over_a_whole_sequence():
     for seed, expected in zip(SEEDS, RECORDED["h2o"]["kept"], strict=True):
         inputs = reference.inputs(seed)
         config = config_of(reference.setting, 1)
-        plan = make_plan(config, [BUDGET // 2], [0], [reference.held], reference.held, torch.device("cpu"))
+        schedule = make_schedule(config, [BUDGET // 2], [0], [reference.held], reference.held, torch.device("cpu"))
         form = LogitForm(inputs.keys.shape[-1] ** -0.5)
-        evict_at = lifetimes(inputs.queries, inputs.keys, inputs.values, plan, Selector(config), 0, form)
+        evict_at = lifetimes(inputs.queries, inputs.keys, inputs.values, schedule, Selector(config), 0, form)
         assert [(head > reference.held).nonzero().flatten().tolist() for head in evict_at[0]] == expected
 
 

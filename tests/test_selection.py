@@ -1,13 +1,14 @@
 """Selection: protection, sampling without replacement, ties; and the scores, against slow loops."""
 
 import warnings
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
 from itertools import permutations
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from passes import decode, rows_of, simulate, tiny_model
 from scipy import stats
 
 from vkvtrain import EvictionConfig
@@ -352,3 +353,47 @@ def test_ranks_are_the_order_of_the_scores(values):
 def test_a_policy_that_keeps_everything_selects_nothing():
     with pytest.raises(ValueError, match="keeps everything"):
         Selector(EvictionConfig(policy="full"))
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "fix"),
+    [
+        ("knorm", "keys", "needs_keys = True"),
+        ("value_l2", "values", "needs_values = True"),
+        ("h2o", "mass", "needs_mass = True"),
+        ("rkv", "queries", "needs_queries = True"),
+        ("keydiff", "window_keys", "needs_window_keys = True"),
+    ],
+)
+def test_an_undeclared_read_is_an_error_with_the_policys_name(name, field, fix):
+    full = candidates(12)
+    given = {field.name: getattr(full, field.name) for field in fields(full)}
+    lacking = Candidates(**given | {field: None, "policy": name})
+    with pytest.raises(TypeError, match=f"policy {name!r} reads candidates.{field} without declaring it.*{fix}"):
+        POLICIES[name]().score(lacking, smooth=True)
+
+
+@pytest.mark.parametrize("runs", ["training", "decoding"])
+@pytest.mark.parametrize("protected_fraction", [0.0, 0.5])
+def test_both_passes_give_a_policy_what_it_declared_and_no_more(runs, protected_fraction, monkeypatch):
+    """Also where protection looks at the values, which the policy did not declare."""
+
+    @dataclass(frozen=True)
+    class Reader(Policy):
+        needs_keys = True
+
+        def score(self, candidates, smooth):
+            return candidates.keys.norm(dim=-1) + candidates.values.norm(dim=-1)
+
+    monkeypatch.setitem(POLICIES, "reader", Reader)
+    config = EvictionConfig(policy="reader", budget=16, window=4, sinks=1, protected_fraction=protected_fraction)
+    model, rows = tiny_model(layers=1), rows_of([3], steps=30)
+    run = {"training": simulate, "decoding": decode}[runs]
+    with pytest.raises(TypeError, match=r"'reader' reads candidates.values .* needs_values"):
+        run(model, config, rows, [3], [0])
+
+
+def test_queries_of_a_policy_that_reads_only_window_attention():
+    found = replace(candidates(12), queries=None, attention=torch.rand(1, 1, 12), policy="tova")
+    with pytest.raises(TypeError, match=r"'tova' reads candidates.queries .* only_window_attention"):
+        POLICIES["tova"]().score(found, smooth=True)

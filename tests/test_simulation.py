@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from vkvtrain import EvictionCache, EvictionConfig, simulated_eviction
-from vkvtrain.events import schedule
+from vkvtrain.events import events_of
 from vkvtrain.support import LayerKind, layer_kinds
 
 CONFIG = EvictionConfig(policy="vase_attnv", budget=16, window=4, sinks=2)
@@ -189,7 +189,7 @@ def test_what_is_held_after_every_event(prompt, steps, window, times, sinks, pol
     tokens = torch.randint(1, 9, (length,), generator=torch.Generator().manual_seed(prompt * steps)).tolist()
     _, evict_at = simulate(model, config, [tokens, [3] * (length + 3)], [prompt, 1], [0, 1])
     assert (evict_at[0][0, :, length:] == 0).all()
-    events = schedule(prompt, length, budget, window)
+    events = events_of(prompt, length, budget, window)
     times_found = sorted(set(evict_at[0][0, :, :length].flatten().tolist()) - {length + 4})
     assert times_found == [event.position + 1 for event in events]
     before = [set(range(length))] * heads[1]

@@ -72,7 +72,7 @@ def blocks(prompt: int | Chunks, length: int, budget: int, window: int) -> list[
         budget: entries kept after an event.
         window: newest entries, and the number of tokens between two events.
     """
-    found: list[Block] = []
+    filled: list[Block] = []
     live = position = events = 0
     for start, end in [*normalise_chunks(prompt, length), (length, length)]:
         for stop, decodes in ((start, True), (end, False)):
@@ -82,13 +82,13 @@ def blocks(prompt: int | Chunks, length: int, budget: int, window: int) -> list[
                 if live % window:
                     continue
                 due = decodes and is_due(live, budget, window)
-                found.append(Block(position, live, Event(events, position - 1, live) if due else None))
+                filled.append(Block(position, live, Event(events, position - 1, live) if due else None))
                 if due:
                     live, events = budget, events + 1
-    return found
+    return filled
 
 
-def schedule(prompt: int | Chunks, length: int, budget: int, window: int) -> list[Event]:
+def events_of(prompt: int | Chunks, length: int, budget: int, window: int) -> list[Event]:
     """Every event of a sequence of `length` tokens.
 
     Args:
@@ -107,7 +107,7 @@ def evictions_by(prompt_length: int | Chunks, length: int, budget: int, window: 
     above budget and prompt, then one every `window` tokens.
     """
     if not isinstance(prompt_length, int):
-        return len(schedule(prompt_length, length, budget, window))
+        return len(events_of(prompt_length, length, budget, window))
     normalise_chunks(prompt_length, length)
     first = (max(budget, prompt_length) // window + 1) * window
     return 0 if length < first else (length - first) // window + 1
@@ -115,7 +115,7 @@ def evictions_by(prompt_length: int | Chunks, length: int, budget: int, window: 
 
 def peak_entries(prompt_length: int | Chunks, length: int, budget: int, window: int) -> int:
     """Most entries that a KV head held at once while the cache saw `length` tokens."""
-    events = schedule(prompt_length, length, budget, window)
+    events = events_of(prompt_length, length, budget, window)
     if not events:
         return length
     since = length - 1 - events[-1].position

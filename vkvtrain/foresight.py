@@ -10,8 +10,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from vkvtrain.lifetimes import Plan, Walk, walked
-from vkvtrain.logits import LogitForm
+from vkvtrain.lifetimes import Schedule, Walk, walked
+from vkvtrain.logits import LayerInputs, LogitForm
 from vkvtrain.selection import Selector
 
 _ENTRIES = 2**16
@@ -20,48 +20,53 @@ _ENTRIES_ON_DEVICE = 2**22
 """The same for an accelerator, all layers as a rule; bounds what an event allocates (a few hundred megabytes)."""
 
 
-def newest(plan: Plan, selector: Selector) -> Tensor:
+def newest(schedule: Schedule, selector: Selector) -> Tensor:
     """`evict_at` of every KV head of every layer where the newest survive, int64 [B, 1, S].
 
     After an event at `end` tokens a row holds its protected prefix of `p` positions and the newest `budget - p`. So key
     `j >= p` is dropped by the first event with `end > j + budget - p`.
 
     Args:
-        plan: the batch's rows and events.
+        schedule: events of the batch's sequences.
         selector: one that `keeps_newest`.
     """
-    never = plan.width + 1
-    ends = [[event.position + 1 for event in row.events] for row in plan.rows]
+    never = schedule.width + 1
+    ends = [[event.position + 1 for event in sequence.events] for sequence in schedule.sequences]
     most = max(map(len, ends))
-    # an event that never comes is each row's last, and fills up rows with fewer events than others
-    table = plan.index([end for its in ends for end in its + [never] * (most + 1 - len(its))]).view(len(ends), -1)
-    prefix = plan.index(selector.protected_prefix([row.prompt if row.events else 0 for row in plan.rows]))[:, None]
-    position = torch.arange(plan.width, device=plan.device)
-    dropped_by = torch.searchsorted(table, position + plan.budget - prefix, right=True).clamp(max=most)
+    # [B, most + 1], ascending in each row so that it can be searched: an event that never comes is each row's last, and
+    # fills up rows with fewer events than others
+    filled = [ends_of_row + [never] * (most + 1 - len(ends_of_row)) for ends_of_row in ends]
+    table = schedule.index([end for ends_of_row in filled for end in ends_of_row]).view(len(ends), -1)
+    # a row without events drops nothing, and its prompt shall not warn of being too long
+    prompts = [sequence.prompt if sequence.events else 0 for sequence in schedule.sequences]
+    prefix = schedule.index(selector.protected_prefix(prompts))[:, None]
+    position = torch.arange(schedule.width, device=schedule.device)
+    dropped_by = torch.searchsorted(table, position + schedule.budget - prefix, right=True).clamp(max=most)
     until = table.gather(-1, dropped_by).masked_fill(position < prefix, never)
-    return until.masked_fill(position >= plan.lengths[:, None], 0)[:, None]
+    return until.masked_fill(position >= schedule.lengths[:, None], 0)[:, None]
 
 
-def of_layers(plan: Plan, selector: Selector, layers: Sequence[int], kv_heads: int) -> list[Tensor]:
+def walk_layers(schedule: Schedule, selector: Selector, layers: Sequence[int], kv_heads: int) -> list[Tensor]:
     """`evict_at` of several layers, each int64 [B, Hkv, S], by walks over the rows of many layers.
 
     Args:
-        plan: the batch's rows and events.
+        schedule: events of the batch's sequences.
         selector: one that is `data_independent`.
         layers: their indices, for the noise.
         kv_heads: KV heads of each of them.
     """
-    limit = _ENTRIES if plan.device.type == "cpu" else _ENTRIES_ON_DEVICE
-    size = max(1, limit // (len(plan.rows) * kv_heads * plan.budget))
-    found = []
+    limit = _ENTRIES if schedule.device.type == "cpu" else _ENTRIES_ON_DEVICE
+    size = max(1, limit // (len(schedule.sequences) * kv_heads * schedule.budget))
+    evict_at = []
     for first in range(0, len(layers), size):
-        its = layers[first : first + size]
-        repeated = replace(plan, rows=[row for _ in its for row in plan.rows], _index={})
-        of_rows = [layer for layer in its for _ in plan.rows]
-        nothing = torch.empty(len(of_rows), kv_heads, plan.width, 0, device=plan.device)  # to look at
-        walk = Walk(nothing, nothing, nothing, repeated, selector, of_rows, LogitForm(scaling=1.0))
-        found += walked(walk).split(len(plan.rows))
-    return found
+        together = layers[first : first + size]
+        repeated = replace(schedule, sequences=[*schedule.sequences] * len(together), _index={})
+        layer_of_row = [layer for layer in together for _ in schedule.sequences]
+        # the policy looks at no entries: of these only the shapes are read
+        no_entries = torch.empty(len(layer_of_row), kv_heads, schedule.width, 0, device=schedule.device)
+        inputs = LayerInputs(no_entries, no_entries, no_entries, LogitForm(scaling=1.0))
+        evict_at += walked(Walk(inputs, repeated, selector, layer_of_row)).split(len(schedule.sequences))
+    return evict_at
 
 
 class Foresight:
@@ -79,19 +84,19 @@ class Foresight:
         """Of all layers, as if each had so many KV heads: how many a later layer has is known when it asks."""
 
     @torch.no_grad()
-    def evict_at(self, layer: int, kv_heads: int, plan: Plan) -> Tensor:
-        """`evict_at` of one layer, int64 [B, Hkv, S], on the plan's device; not to be written to, as others share it.
+    def evict_at(self, layer: int, kv_heads: int, schedule: Schedule) -> Tensor:
+        """`evict_at` of one layer, int64 [B, Hkv, S], on the schedule's device; shared, so not to be written to.
 
         Args:
             layer: its index.
             kv_heads: its KV heads.
-            plan: the batch's rows and events, the same for all layers but for its device.
+            schedule: events of the batch's sequences, the same for all layers but for its device.
         """
         if self._selector.keeps_newest:
-            if plan.device not in self._newest:
-                self._newest[plan.device] = newest(plan, self._selector)
-            return self._newest[plan.device].expand(-1, kv_heads, -1)
+            if schedule.device not in self._newest:
+                self._newest[schedule.device] = newest(schedule, self._selector)
+            return self._newest[schedule.device].expand(-1, kv_heads, -1)
         if kv_heads not in self._by_heads:
-            found = of_layers(plan, self._selector, self._layers, kv_heads)
-            self._by_heads[kv_heads] = dict(zip(self._layers, found, strict=True))
-        return self._by_heads[kv_heads][layer].to(plan.device)
+            evict_at = walk_layers(schedule, self._selector, self._layers, kv_heads)
+            self._by_heads[kv_heads] = dict(zip(self._layers, evict_at, strict=True))
+        return self._by_heads[kv_heads][layer].to(schedule.device)

@@ -25,7 +25,7 @@ class LogitForm:
     Attributes:
         scaling: factor of `q.k`.
         softcap: bound c of the logits, `c * tanh(l / c)` (Gemma 2); None without.
-        sinks: learned logits of an entry that nobody reads, [Hq] (gpt-oss); None without.
+        sinks: learned logits whose attention mass is discarded, [Hq] (gpt-oss); None without.
     """
 
     scaling: float
@@ -44,7 +44,7 @@ class LogitForm:
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
     def softmax(self, logits: Tensor) -> Tensor:
-        """Attention weights over the last dimension, the sinks' share taken off.
+        """Attention weights over the last dimension; the attention mass on sinks is discarded.
 
         Args:
             logits: capped, [N, Hkv, Hq / Hkv, Q, K]; excluded entries at the dtype's minimum.
@@ -55,18 +55,31 @@ class LogitForm:
         return torch.cat([logits, sinks], -1).softmax(-1)[..., :-1]
 
 
-def attend(
-    query: Tensor, key: Tensor, value: Tensor, form: LogitForm, visible: Tensor | None = None, is_causal: bool = False
-) -> Tensor:
+@dataclass(frozen=True, eq=False)
+class LayerInputs:
+    """What a layer's attention is computed from.
+
+    Attributes:
+        query: [N, Hq, Q, D], after RoPE.
+        key, value: [N, Hkv, K, D].
+        form: scaling, soft cap and sinks.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    form: LogitForm
+
+
+def attend(inputs: LayerInputs, visible: Tensor | None = None, is_causal: bool = False) -> Tensor:
     """Attention output [N, Hq, Q, D]; zero where a query sees nothing.
 
     Args:
-        query: [N, Hq, Q, D].
-        key, value: [N, Hkv, K, D].
-        form: scaling, soft cap and sinks.
+        inputs: the layer's.
         visible: bool, broadcastable to [N, 1, Q, K]; None: everything.
         is_causal: query i sees entries 0 to i; not with `visible`.
     """
+    query, key, value, form = inputs.query, inputs.key, inputs.value, inputs.form
     if form.softcap is None and form.sinks is None:
         if query.shape[2] == 1 and not is_causal:
             # the heads of a group as queries of their KV head: no entry is repeated
@@ -85,14 +98,14 @@ def attend(
     visible = visible.expand(*visible.shape[:-2], queries, entries)
     if visible.dim() == 4:
         visible = visible[:, :, None]
-    parts = []
+    outputs = []
     for start in range(0, queries, _QUERIES):
         seen = visible[..., start : start + _QUERIES, :]
         logits = form.logits(query[:, :, start : start + _QUERIES], key)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         weights = form.softmax(logits.masked_fill(~seen, torch.finfo(logits.dtype).min)) * seen.any(-1, keepdim=True)
-        parts.append(torch.matmul(weights.to(value.dtype), value[:, :, None]).flatten(1, 2))
-    return torch.cat(parts, 2)
+        outputs.append(torch.matmul(weights.to(value.dtype), value[:, :, None]).flatten(1, 2))
+    return torch.cat(outputs, 2)
 
 
 def attention_mass(queries: Tensor, keys: Tensor, form: LogitForm) -> Tensor:

@@ -47,8 +47,8 @@ def canonical_stream(stream: Stream) -> tuple[int, ...]:
                 raise ValueError(f"streams: {value} does not fit 64 bits")
             yield value
         elif isinstance(value, (tuple, list)):
-            for part in value:
-                yield from flatten(part)
+            for nested in value:
+                yield from flatten(nested)
         else:
             raise ValueError(f"streams must be ints or tuples of ints, got {value!r}")
 
@@ -93,10 +93,12 @@ def philox(counter: Sequence[Tensor | int], key: tuple[Tensor, Tensor]) -> tuple
     keys = (keys + increments.view(10, 2, *ones)).bitwise_and_(_MASK)
     # the two halves of a round are one tensor: a round is six small kernels
     multiplied, mixed = torch.stack([c0, c2]), torch.stack([c1, c3])
-    for of_round in keys.unbind():
+    # each of Philox4x32's ten rounds multiplies two words and uses both 32-bit halves of the products: a product is
+    # whole in one int64, and shift and mask give its halves on every device alike
+    for round_key in keys.unbind():
         # products wrap as unsigned 64-bit arithmetic does; only what is multiplied next needs its upper bits off
         product = (multiplied * multipliers.view(2, *ones)).flip(0)
-        multiplied = (product >> 32).bitwise_xor_(mixed).bitwise_xor_(of_round).bitwise_and_(_MASK)
+        multiplied = (product >> 32).bitwise_xor_(mixed).bitwise_xor_(round_key).bitwise_and_(_MASK)
         mixed = product
     (c0, c2), (c1, c3) = multiplied.unbind(), (mixed & _MASK).unbind()
     return c0, c1, c2, c3

@@ -20,7 +20,7 @@ _DROPS_ITS_CACHE = ("phi3", "phimoe", "phi4_multimodal")
 def check_rope(model_config: Any) -> None:
     """Raise ValueError for a model whose rotary frequencies depend on the length of what is in a forward."""
     text = model_config.get_text_config(decoder=True)
-    kind = next((part["rope_type"] for part in _parts(text) if _moves(part)), None)
+    kind = next((parameters["rope_type"] for parameters in _rope_parameters(text) if _moves(parameters)), None)
     if kind is None and not _drops_its_cache(text):
         return
     why = (
@@ -53,59 +53,61 @@ def fixed_rope(model_config: Any, length: int | None = None) -> Any:
     if length is not None and length < 1:
         raise ValueError(f"length must be at least 1, got {length}")
     text = model_config.get_text_config(decoder=True)
-    if not any(_moves(part) for part in _parts(text)) and not _drops_its_cache(text):
+    if not any(_moves(parameters) for parameters in _rope_parameters(text)) and not _drops_its_cache(text):
         return model_config
     fixed = copy.deepcopy(model_config)
     text = fixed.get_text_config(decoder=True)
     longest = text.max_position_embeddings if length is None else length
-    for part in _parts(text):
-        if part["rope_type"] == "dynamic":
-            _fix_dynamic(part, text, longest)
-        elif part["rope_type"] == "longrope":
-            _fix_longrope(part, text, longest)
+    for parameters in _rope_parameters(text):
+        if parameters["rope_type"] == "dynamic":
+            _fix_dynamic(parameters, text, longest)
+        elif parameters["rope_type"] == "longrope":
+            _fix_longrope(parameters, text, longest)
     text.max_position_embeddings = longest
     if hasattr(text, "original_max_position_embeddings"):
         text.original_max_position_embeddings = longest
     return fixed
 
 
-def _parts(text: Any) -> Iterator[dict[str, Any]]:
+def _rope_parameters(text: Any) -> Iterator[dict[str, Any]]:
     """The RoPE parameters of a text model: one set, or one for each type of layer."""
     rope = getattr(text, "rope_parameters", None) or {}
     if "rope_type" in rope:
         yield rope
         return
-    yield from (part for part in rope.values() if isinstance(part, dict) and "rope_type" in part)
+    yield from (
+        parameters for parameters in rope.values() if isinstance(parameters, dict) and "rope_type" in parameters
+    )
 
 
-def _moves(part: dict[str, Any]) -> bool:
+def _moves(parameters: dict[str, Any]) -> bool:
     """Whether frequencies or their scale depend on the greatest position of a forward."""
-    if part["rope_type"] != "longrope":
-        return "dynamic" in part["rope_type"]
-    scales = part.get("short_mscale"), part.get("long_mscale")
-    return part["short_factor"] != part["long_factor"] or scales[0] != scales[1]
+    if parameters["rope_type"] != "longrope":
+        return "dynamic" in parameters["rope_type"]
+    scales = parameters.get("short_mscale"), parameters.get("long_mscale")
+    return parameters["short_factor"] != parameters["long_factor"] or scales[0] != scales[1]
 
 
 def _drops_its_cache(text: Any) -> bool:
     return text.model_type in _DROPS_ITS_CACHE and text.original_max_position_embeddings < text.max_position_embeddings
 
 
-def _fix_dynamic(part: dict[str, Any], text: Any, length: int) -> None:
-    own, factor, alpha = text.max_position_embeddings, part.pop("factor"), part.pop("alpha", None)
+def _fix_dynamic(parameters: dict[str, Any], text: Any, length: int) -> None:
+    trained, factor, alpha = text.max_position_embeddings, parameters.pop("factor"), parameters.pop("alpha", None)
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    dim = int(head_dim * part.get("partial_rotary_factor", 1.0))
+    dim = int(head_dim * parameters.get("partial_rotary_factor", 1.0))
     # Hunyuan's fixed alpha takes the place of what follows from a length
-    stretch = alpha or factor * max(length, own) / own - (factor - 1)
-    part |= {"rope_type": "default", "rope_theta": part["rope_theta"] * stretch ** (dim / (dim - 2))}
+    stretch = alpha or factor * max(length, trained) / trained - (factor - 1)
+    parameters |= {"rope_type": "default", "rope_theta": parameters["rope_theta"] * stretch ** (dim / (dim - 2))}
 
 
-def _fix_longrope(part: dict[str, Any], text: Any, length: int) -> None:
-    original = part["original_max_position_embeddings"]
+def _fix_longrope(parameters: dict[str, Any], text: Any, length: int) -> None:
+    original = parameters["original_max_position_embeddings"]
     which = "long" if length > original else "short"
-    factor = part.get("factor") or text.max_position_embeddings / original
-    if part.get("attention_factor") is None:  # or it would be taken from the lengths that are changed here
-        part["attention_factor"] = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+    factor = parameters.get("factor") or text.max_position_embeddings / original
+    if parameters.get("attention_factor") is None:  # or it would be taken from the lengths that are changed here
+        parameters["attention_factor"] = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
     for name in ("factor", "mscale"):
-        if f"{which}_{name}" in part:
-            part[f"short_{name}"] = part[f"long_{name}"] = part[f"{which}_{name}"]
-    part |= {"factor": 1.0, "original_max_position_embeddings": length}
+        if f"{which}_{name}" in parameters:
+            parameters[f"short_{name}"] = parameters[f"long_{name}"] = parameters[f"{which}_{name}"]
+    parameters |= {"factor": 1.0, "original_max_position_embeddings": length}

@@ -30,6 +30,8 @@ def ranks(score: Tensor) -> Tensor:
 
 def top(rank: Tensor, count: int) -> Tensor:
     """Slots of the `count` highest ranks along the last dimension, ascending; among equal ranks the newest first."""
+    # one int64 key a candidate: the 32-bit rank above, the slot (older entries first) below. No two keys are equal, so
+    # the set does not depend on how topk breaks ties, which differs between devices.
     slots = torch.arange(rank.shape[-1], device=rank.device)
     return (rank * 2**32 + slots).topk(count, sorted=False).indices.sort(-1).values
 
@@ -39,6 +41,8 @@ def tied_at_the_cut(rank: Tensor, count: int) -> Tensor:
 
     Which of two equal scores rounding has made the higher one differs between the passes; the newest shall be kept.
     """
+    # only at the cut does an order matter: well above it all are kept, well below it none. Snapping all ranks to a grid
+    # instead would part nearly equal scores that lie on two sides of a grid line.
     cut = rank.topk(count, sorted=False).values.amin(-1, keepdim=True)
     return torch.where((rank - cut).abs() <= _TIED, cut, rank)
 
@@ -51,6 +55,7 @@ class Selector:
         if self.policy.keeps_everything or config.budget is None:
             raise ValueError(f"policy {config.policy!r} keeps everything: there is nothing to select")
         self.config = config
+        self.budget = config.budget
         self.keep = config.budget - config.window
         self.large = config.large_values
         self.samples = config.samples
@@ -99,6 +104,10 @@ class Selector:
             candidates: C > budget - window entries per KV head, in chronological order.
             prompts: length of the first prompt of each of the N sequences.
         """
+        return self.select(self.score(candidates, prompts))
+
+    def score(self, candidates: Candidates, prompts: Sequence[int]) -> Tensor:
+        """Ranks of the candidates, int64 [N, Hkv, C]: of protected ones the highest; arguments as above."""
         positions = candidates.positions
         prefix = self.protected_prefix(prompts)
         if len(set(prefix)) == 1:
@@ -114,7 +123,10 @@ class Selector:
         if self.samples:
             # Gumbel-top-k on log weights: Efraimidis and Spirakis 2006; Kool et al. 2019
             score = torch.log(score.float().double()) + candidates.noise.gumbel(positions)
-        rank = ranks(score).masked_fill(protected, _PROTECTED)
+        return ranks(score).masked_fill(protected, _PROTECTED)
+
+    def select(self, rank: Tensor) -> Tensor:
+        """Slots of the kept candidates, int64 [N, Hkv, budget - window], ascending, by their ranks [N, Hkv, C]."""
         if not (self.samples or self.policy.scores_single_tokens or self.policy.keeps_newest):
             rank = tied_at_the_cut(rank, self.keep)
         return top(rank, self.keep)

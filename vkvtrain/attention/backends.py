@@ -3,8 +3,8 @@
 from torch import Tensor
 
 from vkvtrain.attention import flex, reference, segments
-from vkvtrain.lifetimes import Plan, lifetimes
-from vkvtrain.logits import LogitForm
+from vkvtrain.lifetimes import Schedule, lifetimes
+from vkvtrain.logits import LayerInputs
 from vkvtrain.selection import Selector
 
 BACKENDS = {"reference": reference.attend, "segments": segments.attend, "flex": flex.attend}
@@ -23,20 +23,18 @@ def resolve(backend: str, query: Tensor, value: Tensor) -> str:
     return "flex" if flex.supports(query, value) else "segments"
 
 
-def attend(
-    backend: str, query: Tensor, key: Tensor, value: Tensor, evict_at: Tensor, plan: Plan, form: LogitForm
-) -> Tensor:
+def attend(backend: str, inputs: LayerInputs, evict_at: Tensor, schedule: Schedule) -> Tensor:
     """Attention output [B, S, Hq, D] under `evict_at` [B, Hkv, S]; shapes as for `reference.attend`."""
-    if backend == "flex" and not any(row.events for row in plan.rows):
+    if backend == "flex" and not any(sequence.events for sequence in schedule.sequences):
         backend = "segments"  # nothing is evicted: plain causal attention
-    return BACKENDS[backend](query, key, value, evict_at, plan, form)
+    return BACKENDS[backend](inputs, evict_at, schedule)
 
 
 def attend_and_decide(
-    backend: str, query: Tensor, key: Tensor, value: Tensor, plan: Plan, selector: Selector, layer: int, form: LogitForm
+    backend: str, inputs: LayerInputs, schedule: Schedule, selector: Selector, layer: int
 ) -> tuple[Tensor, Tensor]:
-    """Attention output [B, S, Hq, D] and the `evict_at` [B, Hkv, S] that it is under; arguments as for `lifetimes`."""
-    if backend == "segments" and segments.can_decide(selector, key.device):
-        return segments.attend_and_decide(query, key, value, plan, selector, layer, form)
-    evict_at = lifetimes(query, key, value, plan, selector, layer, form)
-    return attend(backend, query, key, value, evict_at, plan, form), evict_at
+    """Attention output [B, S, Hq, D] and the `evict_at` [B, Hkv, S] that it is under; arguments as for `Walk`."""
+    if backend == "segments" and segments.can_decide(selector, inputs.key.device):
+        return segments.attend_and_decide(inputs, schedule, selector, layer)
+    evict_at = lifetimes(inputs.query, inputs.key, inputs.value, schedule, selector, layer, inputs.form)
+    return attend(backend, inputs, evict_at, schedule), evict_at

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vkvtrain.lifetimes import Plan
+from vkvtrain.lifetimes import Schedule
 
 
 @dataclass(frozen=True)
@@ -41,31 +41,31 @@ def padded(start: int, end: int, window: int) -> int:
     return -(-(end - start) // window) * window if start else end
 
 
-def replayed(evict_at: Tensor, plan: Plan) -> Iterator[Call]:
+def replayed(evict_at: Tensor, schedule: Schedule) -> Iterator[Call]:
     """Every segment once, in the order of each row's events, with what `evict_at` [B, Hkv, S] says of the past."""
-    held = evict_at.new_zeros(*evict_at.shape[:2], plan.budget)
+    held = evict_at.new_zeros(*evict_at.shape[:2], schedule.budget)
     spans = []
-    for row in plan.rows:
-        starts = [0, *(event.position + 1 for event in row.events)]
-        ends = [*starts[1:], row.length]
+    for sequence in schedule.sequences:
+        starts = [0, *(event.position + 1 for event in sequence.events)]
+        ends = [*starts[1:], sequence.length]
         spans.append([(start, end) for start, end in zip(starts, ends, strict=True) if end > start])
     for number in range(max(map(len, spans))):
         groups: dict[tuple[int, int], list[int]] = {}
-        for row, its in enumerate(spans):
-            if number < len(its):
-                before = its[number - 1][1] - its[number - 1][0] if number else 0
-                start, end = its[number]
-                groups.setdefault((padded(start, end, plan.window), before), []).append(row)
+        for row, spans_of_row in enumerate(spans):
+            if number < len(spans_of_row):
+                start, end = spans_of_row[number]
+                before = start - spans_of_row[number - 1][0] if number else 0
+                groups.setdefault((padded(start, end, schedule.window), before), []).append(row)
         for (length, before), rows in groups.items():
-            starts, ends = (list(of) for of in zip(*(spans[row][number] for row in rows), strict=True))
+            starts, ends = map(list, zip(*(spans[row][number] for row in rows), strict=True))
             past = None
             if number:
-                index, first = plan.index(rows), plan.index(starts)[:, None, None]
+                index, first = schedule.index(rows), schedule.index(starts)[:, None, None]
                 entries = torch.arange(-before, 0, device=evict_at.device) + first
                 entries = entries.expand(-1, evict_at.shape[1], -1)
                 if number > 1:
                     entries = torch.cat([held[index], entries], -1)
-                past = _survivors(entries, evict_at[index].gather(-1, entries) > first, plan.budget)
+                past = _survivors(entries, evict_at[index].gather(-1, entries) > first, schedule.budget)
                 held[index] = past
             yield Call(rows, starts, ends, length, past)
 
@@ -82,7 +82,7 @@ def joined(calls: Iterable[Call], size: Callable[[Call], int]) -> Iterator[Call]
     for call in calls:
         together = waiting.setdefault((call.length, call.past is None), [])
         together.append(call)
-        if sum(len(part.rows) for part in together) >= size(call):
+        if sum(len(waiting_call.rows) for waiting_call in together) >= size(call):
             yield from _joined(together).split(size(call))
             together.clear()
     for together in waiting.values():

@@ -1,4 +1,4 @@
-"""Attention under `evict_at` by FlexAttention, whose kernels skip blocks that nobody sees.
+"""Attention under `evict_at` by FlexAttention, whose kernels skip blocks of keys that no query of a block sees.
 
 In natural order nearly every block of keys holds one that lives long, so little can be skipped. Sorted per KV head by
 (when it is evicted, in buckets of a few events; position), keys that live together lie together, and the mask is
@@ -17,8 +17,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 from torch.nn.functional import pad
 
-from vkvtrain.lifetimes import Plan
-from vkvtrain.logits import LogitForm
+from vkvtrain.lifetimes import Schedule
+from vkvtrain.logits import LayerInputs
 
 BLOCK = 128
 """Queries and keys of a block."""
@@ -40,23 +40,22 @@ def supports(query: Tensor, value: Tensor) -> bool:
     )
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, evict_at: Tensor, plan: Plan, form: LogitForm) -> Tensor:
+def attend(inputs: LayerInputs, evict_at: Tensor, schedule: Schedule) -> Tensor:
     """Attention output [B, S, Hq, D] under the mask `j <= i < evict_at[b, h, j]`; zero at padding.
 
     Args:
-        query: [B, Hq, S, D].
-        key, value: [B, Hkv, S, D].
+        inputs: query [B, Hq, S, D], key and value [B, Hkv, S, D].
         evict_at: [B, Hkv, S].
-        plan: the batch's rows.
-        form: scaling, soft cap and sinks of the attention.
+        schedule: lengths of the batch's sequences.
 
     Raises:
         ValueError: gradients on a CPU.
     """
+    query, key, value, form = inputs.query, inputs.key, inputs.value, inputs.form
     if query.device.type == "cpu" and torch.is_grad_enabled() and query.requires_grad:
         raise ValueError("backend 'flex' has no backward pass on a CPU: use backend='auto'")
-    group, width = query.shape[1] // key.shape[1], plan.width
-    order, position, until = sorted_keys(evict_at, plan.window)
+    group, width = query.shape[1] // key.shape[1], schedule.width
+    order, position, until = sorted_keys(evict_at, schedule.window)
     fill = (0, 0, 0, position.shape[-1] - width)
     key, value = _Permuted.apply(pad(key, fill), order), _Permuted.apply(pad(value, fill), order)  # pyright: ignore
     softcap = form.softcap
@@ -65,14 +64,19 @@ def attend(query: Tensor, key: Tensor, value: Tensor, evict_at: Tensor, plan: Pl
         return score if softcap is None else torch.tanh(score / softcap) * softcap
 
     out, aux = _kernel(query.device)(
-        pad(query, fill), key, value, score_mod=None if softcap is None else capped,
-        block_mask=block_mask(position, until, group), scale=form.scaling, enable_gqa=group > 1,
+        pad(query, fill),
+        key,
+        value,
+        score_mod=None if softcap is None else capped,
+        block_mask=block_mask(position, until, group),
+        scale=form.scaling,
+        enable_gqa=group > 1,
         return_aux=AuxRequest(lse=True),
-    )  # fmt: skip
+    )
     if form.sinks is not None:
-        # the sinks' share of the attention is read by nobody: what is left is a sigmoid
+        # the attention mass on sinks is discarded, so the output is scaled by sigmoid(lse - sink)
         out = out * torch.sigmoid(aux.lse - form.sinks.to(aux.lse.dtype)[:, None])[..., None].to(out.dtype)
-    real = torch.arange(width, device=out.device) < plan.lengths[:, None]
+    real = torch.arange(width, device=out.device) < schedule.lengths[:, None]
     return torch.where(real[:, :, None, None], out[:, :, :width].transpose(1, 2), 0.0)
 
 
@@ -103,15 +107,15 @@ def block_mask(position: Tensor, until: Tensor, group: int) -> BlockMask:
         group: query heads of a KV head.
     """
     width = position.shape[-1]
-    seen, whole = visited_blocks(position, until)
+    seen, fully_seen = visited_blocks(position, until)
     lists = []
-    for blocks in (seen & ~whole, whole):
+    for blocks in (seen & ~fully_seen, fully_seen):
         blocks = blocks.repeat_interleave(group, 1)
         lists += [blocks.sum(-1, dtype=torch.int32), blocks.int().argsort(dim=-1, descending=True, stable=True).int()]
 
     def visible(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        its = head // group
-        return (position[row, its, key] <= query) & (query < until[row, its, key])
+        kv_head = head // group
+        return (position[row, kv_head, key] <= query) & (query < until[row, kv_head, key])
 
     return BlockMask.from_kv_blocks(*lists, BLOCK_SIZE=BLOCK, mask_mod=visible, seq_lengths=(width, width))
 
@@ -130,8 +134,8 @@ def visited_blocks(position: Tensor, until: Tensor) -> tuple[Tensor, Tensor]:
     # what pads is never seen, wherever it lies
     begins = torch.where(lives > 0, positions, torch.iinfo(torch.int32).max).amin(-1)
     seen = (begins[..., None, :] <= last) & (lives.amax(-1)[..., None, :] > first)
-    whole = (positions.amax(-1)[..., None, :] <= first) & (lives.amin(-1)[..., None, :] > last)
-    return seen, whole
+    fully_seen = (positions.amax(-1)[..., None, :] <= first) & (lives.amin(-1)[..., None, :] > last)
+    return seen, fully_seen
 
 
 class _Permuted(torch.autograd.Function):

@@ -22,7 +22,7 @@ from transformers.masking_utils import (
 
 from vkvtrain.attention.simulation import Trace, simulation_of, simulation_of_config
 from vkvtrain.cache import RowLayer, layer_of, mask_is_made, refuse_dropped_cache
-from vkvtrain.logits import LogitForm, attend
+from vkvtrain.logits import LayerInputs, LogitForm, attend
 from vkvtrain.precision import attention_dtype, outside_autocast
 from vkvtrain.support import ATTENTION
 
@@ -64,6 +64,7 @@ def attention_forward(
     query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     factor = query.shape[-1] ** -0.5 if scaling is None else scaling
     form = LogitForm(factor, kwargs.get("softcap"), kwargs.get("s_aux"))
+    inputs = LayerInputs(query, key, value, form)
     if simulation is None and layer is None:
         if form.softcap is None and form.sinks is None:
             return sdpa_attention_forward(
@@ -72,7 +73,7 @@ def attention_forward(
         _refuse_dropout(dropout, "an attention with a soft cap or sinks")
         is_causal = attention_mask is None and query.shape[2] > 1
         with outside_autocast(query.device):
-            return attend(query, key, value, form, attention_mask, is_causal).transpose(1, 2), None
+            return attend(inputs, attention_mask, is_causal).transpose(1, 2), None
     if kwargs.get("position_bias") is not None:
         raise ValueError(
             f"{type(module).__name__} passes 'position_bias' to its attention, which eviction does not support"
@@ -83,15 +84,14 @@ def attention_forward(
         _refuse_dropout(dropout, "EvictionCache")
         with outside_autocast(query.device):
             if isinstance(layer, RowLayer):
-                layer_arguments = query, key, value, attention_mask, form
-                return _decode(layer, kwargs.get("position_ids"), *layer_arguments), None
+                return _decode(layer, inputs, attention_mask, kwargs.get("position_ids")), None
             # a static view's layer is compiled with the model
-            return type(layer).attend(layer, query, key, value, attention_mask, form), None
+            return type(layer).attend(layer, inputs, attention_mask), None
     assert simulation is not None
     _refuse_dropout(dropout, "a simulation")
     index: Any = module.layer_idx
     with outside_autocast(query.device):
-        return _simulate(simulation, index, query, key, value, attention_mask, form), None
+        return _simulate(simulation, index, inputs, attention_mask), None
 
 
 def _uncompiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -101,14 +101,14 @@ def _uncompiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 @_uncompiled
-def _decode(layer: RowLayer, positions: Tensor | None, *arguments: Any) -> Tensor:
-    layer.check(arguments[0], arguments[3], positions)
-    return layer.attend(*arguments)
+def _decode(layer: RowLayer, inputs: LayerInputs, mask: Tensor | None, positions: Tensor | None) -> Tensor:
+    layer.check(inputs.query, mask, positions)
+    return layer.attend(inputs, mask)
 
 
 @_uncompiled
-def _simulate(simulation: Trace, *arguments: Any) -> Tensor:
-    return simulation.attend(*arguments)
+def _simulate(simulation: Trace, layer: int, inputs: LayerInputs, mask: Tensor | None) -> Tensor:
+    return simulation.attend(layer, inputs, mask)
 
 
 def _refuse_dropout(dropout: float, where: str) -> None:
@@ -155,7 +155,7 @@ def _is_known(function: Callable[..., Any], is_packed: bool) -> bool:
     inner = inspect.getclosurevars(function).nonlocals
     name = function.__qualname__
     if name.startswith("and_masks."):
-        return all(_is_known(part, is_packed) for part in inner["mask_functions"])
+        return all(_is_known(conjunct, is_packed) for conjunct in inner["mask_functions"])
     if name.startswith(_REMAPPED):
         return is_packed and _is_known(inner["mask_function"], is_packed)
     return name == _SLIDING or (is_packed and name == _PACKED)

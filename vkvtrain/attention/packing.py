@@ -31,12 +31,12 @@ def checked_documents(documents: Any, prompts: Sequence[int | Chunks]) -> list[l
         raise ValueError(
             f"documents must hold a list of token lengths for each row, such as [[12, 9], [30]], got {documents!r}"
         ) from None
-    for row, its in enumerate(lengths):
-        if not its or min(its) < 1:
+    for row, documents_of_row in enumerate(lengths):
+        if not documents_of_row or min(documents_of_row) < 1:
             raise ValueError(
-                f"documents: every row needs at least one document of at least one token, row {row}: {its}"
+                f"documents: every row needs at least one document of at least one token, row {row}: {documents_of_row}"
             )
-    flat = [length for its in lengths for length in its]
+    flat = [length for documents_of_row in lengths for length in documents_of_row]
     if len(flat) != len(prompts):
         raise ValueError(
             f"prompt_lengths has {len(prompts)} entries for {len(flat)} documents: give one for each document, in order"
@@ -65,14 +65,14 @@ class Layout:
     def __init__(self, documents: Sequence[Sequence[int]], lengths: Sequence[int], width: int) -> None:
         if len(documents) != len(lengths):
             raise ValueError(f"documents has {len(documents)} rows for a batch of {len(lengths)}: give a list for each")
-        for row, (its, length) in enumerate(zip(documents, lengths, strict=True)):
-            if sum(its) != length:
+        for row, (documents_of_row, length) in enumerate(zip(documents, lengths, strict=True)):
+            if sum(documents_of_row) != length:
                 raise ValueError(
-                    f"documents of row {row} add up to {sum(its)} tokens, but the row has {length}: name every "
-                    "document, and mask padding at the row's end by attention_mask"
+                    f"documents of row {row} add up to {sum(documents_of_row)} tokens, but the row has {length}: name "
+                    "every document, and mask padding at the row's end by attention_mask"
                 )
         self.batch = (len(documents), width)
-        self.documents = [length for its in documents for length in its]
+        self.documents = [length for documents_of_row in documents for length in documents_of_row]
         """Tokens of each document."""
         self.longest = max(self.documents)
         packed = [row * width + token for row, length in enumerate(lengths) for token in range(length)]
@@ -98,6 +98,6 @@ class Layout:
 
 def _moved(source: Tensor, places: Tensor, to: Tensor, shape: tuple[int, int]) -> Tensor:
     """Tokens of [n, s, H, D] from some places to others in `shape`; gradients are gathered, never added up."""
-    found = source.flatten(0, 1).index_select(0, places)
+    tokens = source.flatten(0, 1).index_select(0, places)
     fresh = source.new_zeros(shape[0] * shape[1], *source.shape[2:])
-    return fresh.index_copy(0, to, found).unflatten(0, shape)
+    return fresh.index_copy(0, to, tokens).unflatten(0, shape)

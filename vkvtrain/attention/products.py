@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vkvtrain.logits import LogitForm, score_dtype
+from vkvtrain.logits import LayerInputs, LogitForm, score_dtype
 
 _SMALLEST = 1e-20
 """Least share of the attention that can be divided by without losing digits of float32."""
@@ -36,14 +36,13 @@ class Segment:
     shape: torch.Size
 
 
-def segment(query: Tensor, key: Tensor, value: Tensor, form: LogitForm) -> Segment:
+def segment(inputs: LayerInputs) -> Segment:
     """The attention weights of segments.
 
     Args:
-        query: [N, Hq, L, D].
-        key, value: [N, Hkv, held + L, D].
-        form: scaling, soft cap and sinks.
+        inputs: query [N, Hq, L, D], key and value [N, Hkv, held + L, D].
     """
+    query, key, value, form = inputs.query, inputs.key, inputs.value, inputs.form
     dtype, length, entries = score_dtype(query.dtype), query.shape[2], key.shape[2]
     shape, group = query.shape, query.shape[1] // key.shape[1]
     query = query.to(dtype).reshape(-1, group * length, shape[3]) * form.scaling
@@ -61,53 +60,53 @@ def segment(query: Tensor, key: Tensor, value: Tensor, form: LogitForm) -> Segme
     return Segment(query, key, value, logits, weights, shape)
 
 
-def output(part: Segment) -> Tensor:
+def output(segments: Segment) -> Tensor:
     """Attention output, [N, Hq, L, Dv]."""
-    return torch.bmm(part.weights, part.value).view(*part.shape[:3], -1)
+    return torch.bmm(segments.weights, segments.value).view(*segments.shape[:3], -1)
 
 
-def window_attention(part: Segment, heads: int, held: int) -> Tensor:
+def window_attention(segments: Segment, heads: int, held: int) -> Tensor:
     """What the segments' queries pay to each entry of the past, softmax over those alone, mean over queries and heads.
 
     Args:
-        part: segments that are as long as the window.
+        segments: as long as the window.
         heads: KV heads.
         held: entries of the past.
 
     Returns:
         [N, Hkv, held], see `vkvtrain.policies.window_attention` (before smoothing).
     """
-    past = part.weights[..., :held]
+    past = segments.weights[..., :held]
     share = past.sum(-1)
     if bool((share < _SMALLEST).any()):
-        attention = part.logits[..., :held].softmax(-1).mean(1)
+        attention = segments.logits[..., :held].softmax(-1).mean(1)
     else:
-        attention = torch.bmm(share.reciprocal_()[:, None], past).squeeze(1) / part.weights.shape[1]
+        attention = torch.bmm(share.reciprocal_()[:, None], past).squeeze(1) / segments.weights.shape[1]
     return attention.unflatten(0, (-1, heads))
 
 
-def gradients(part: Segment, gradient: Tensor, form: LogitForm) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+def gradients(segments: Segment, gradient: Tensor, form: LogitForm) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of query [N, Hq, L, D], key and value [N, Hkv, held + L, D], and sinks [Hq].
 
     Args:
-        part: the segments.
+        segments: their attention.
         gradient: of their output, [N, Hq, L, Dv].
         form: scaling, soft cap and sinks.
     """
-    rows, q_heads, length, _ = part.shape
-    upstream = gradient.to(part.value.dtype).reshape(part.query.shape[0], part.query.shape[1], -1)
-    weights = part.weights
-    of_value = torch.bmm(weights.transpose(1, 2), upstream)
-    slope = torch.bmm(upstream, part.value.transpose(1, 2)).mul_(weights)
+    rows, q_heads, length, _ = segments.shape
+    weights = segments.weights
+    upstream = gradient.to(segments.value.dtype).reshape(*segments.query.shape[:2], -1)
+    grad_value = torch.bmm(weights.transpose(1, 2), upstream)
+    slope = torch.bmm(upstream, segments.value.transpose(1, 2)).mul_(weights)
     total = slope.sum(-1, keepdim=True)
     slope.addcmul_(weights, total, value=-1)
-    of_sinks = None
+    grad_sinks = None
     if form.sinks is not None:
-        of_sink = (1 - weights.sum(-1, keepdim=True)) * -total
-        of_sinks = of_sink.view(rows, q_heads, length).sum((0, 2)).to(form.sinks.dtype)
+        grad_sink = (1 - weights.sum(-1, keepdim=True)) * -total
+        grad_sinks = grad_sink.view(rows, q_heads, length).sum((0, 2)).to(form.sinks.dtype)
     if form.softcap is not None:
         # an entry that is not seen has slope zero, and its logit minus infinity
-        slope.mul_(1 - (part.logits.clamp(min=-form.softcap) / form.softcap).square())
-    of_query = torch.bmm(slope, part.key).mul_(form.scaling).view(part.shape)
-    of_key = torch.bmm(slope.transpose(1, 2), part.query)
-    return of_query, of_key.unflatten(0, (rows, -1)), of_value.unflatten(0, (rows, -1)), of_sinks
+        slope.mul_(1 - (segments.logits.clamp(min=-form.softcap) / form.softcap).square())
+    grad_query = torch.bmm(slope, segments.key).mul_(form.scaling).view(segments.shape)
+    grad_key = torch.bmm(slope.transpose(1, 2), segments.query)
+    return grad_query, grad_key.unflatten(0, (rows, -1)), grad_value.unflatten(0, (rows, -1)), grad_sinks

@@ -3,36 +3,35 @@
 import torch
 from torch import Tensor
 
-from vkvtrain.lifetimes import Plan
-from vkvtrain.logits import LogitForm
+from vkvtrain.lifetimes import Schedule
+from vkvtrain.logits import LayerInputs
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, evict_at: Tensor, plan: Plan, form: LogitForm) -> Tensor:
+def attend(inputs: LayerInputs, evict_at: Tensor, schedule: Schedule) -> Tensor:
     """Attention output [B, S, Hq, D] under the mask `j <= i < evict_at[b, h, j]`; zero at padding.
 
     Args:
-        query: [B, Hq, S, D].
-        key, value: [B, Hkv, S, D].
+        inputs: query [B, Hq, S, D], key and value [B, Hkv, S, D].
         evict_at: [B, Hkv, S].
-        plan: the batch's rows.
-        form: scaling, soft cap and sinks of the attention.
+        schedule: lengths of the batch's sequences.
     """
-    position = torch.arange(plan.width, device=key.device)
+    position = torch.arange(schedule.width, device=evict_at.device)
     seen = (position <= position[:, None]) & (position[:, None] < evict_at[:, :, None, :])
-    return _attend_masked(query, key, value, seen, plan, form)
+    return _attend_masked(inputs, seen, schedule)
 
 
-def attend_sliding(query: Tensor, key: Tensor, value: Tensor, window: int, plan: Plan, form: LogitForm) -> Tensor:
+def attend_sliding(inputs: LayerInputs, window: int, schedule: Schedule) -> Tensor:
     """Attention output [B, S, Hq, D] under the mask `i - window < j <= i`; arguments as for `attend`."""
-    position = torch.arange(plan.width, device=key.device)
+    position = torch.arange(schedule.width, device=inputs.key.device)
     seen = (position <= position[:, None]) & (position > position[:, None] - window)
-    return _attend_masked(query, key, value, seen.expand(*key.shape[:2], -1, -1), plan, form)
+    return _attend_masked(inputs, seen.expand(*inputs.key.shape[:2], -1, -1), schedule)
 
 
-def _attend_masked(query: Tensor, key: Tensor, value: Tensor, seen: Tensor, plan: Plan, form: LogitForm) -> Tensor:
+def _attend_masked(inputs: LayerInputs, seen: Tensor, schedule: Schedule) -> Tensor:
     """Under a mask [B, Hkv, S, S], head by head and with every logit at once."""
+    query, key, form = inputs.query, inputs.key, inputs.form
     group = query.shape[1] // key.shape[1]
-    real = torch.arange(plan.width, device=key.device) < plan.lengths[:, None]
+    real = torch.arange(schedule.width, device=key.device) < schedule.lengths[:, None]
     logits = torch.matmul(query, key.repeat_interleave(group, 1).transpose(-1, -2)) * form.scaling
     if form.softcap is not None:
         logits = torch.tanh(logits / form.softcap) * form.softcap
@@ -41,6 +40,6 @@ def _attend_masked(query: Tensor, key: Tensor, value: Tensor, seen: Tensor, plan
     if form.sinks is not None:
         sinks = form.sinks.to(logits.dtype)[None, :, None, None].expand(*logits.shape[:-1], 1)
         logits = torch.cat([sinks, logits], dim=-1)
-    weights = logits.softmax(-1)[..., -plan.width :]
-    out = torch.matmul(weights, value.repeat_interleave(group, 1)).transpose(1, 2)
+    weights = logits.softmax(-1)[..., -schedule.width :]
+    out = torch.matmul(weights, inputs.value.repeat_interleave(group, 1)).transpose(1, 2)
     return torch.where(real[:, :, None, None], out, 0.0)

@@ -19,8 +19,8 @@ from vkvtrain.attention.packing import Layout, checked_documents
 from vkvtrain.config import EvictionConfig
 from vkvtrain.events import Chunks
 from vkvtrain.foresight import Foresight
-from vkvtrain.lifetimes import Plan, Row, make_plan, never_evicted
-from vkvtrain.logits import LogitForm
+from vkvtrain.lifetimes import Schedule, SequenceSchedule, make_schedule, never_evicted
+from vkvtrain.logits import LayerInputs
 from vkvtrain.modules import attention_modules, virtual_tokens
 from vkvtrain.noise import Stream
 from vkvtrain.rope import check_rope
@@ -120,20 +120,19 @@ class Trace:
         self._kinds = kinds
         self._prompts = prompts
         self._streams = range(len(prompts)) if streams is None else streams
-        self._selector = Selector(config) if config.evicts else None
-        self._foresight = None
-        if self._selector is not None and self._selector.data_independent:
-            evicting = [layer for layer, kind in enumerate(kinds) if kind.evicts]
-            self._foresight = Foresight(self._selector, evicting)
+        selector = self._selector = Selector(config) if config.evicts else None
+        evicting = [layer for layer, kind in enumerate(kinds) if kind.evicts]
+        foreseen = selector is not None and selector.data_independent
+        self._foresight = Foresight(selector, evicting) if foreseen else None
         self._documents = documents
         self._shape: tuple[int, int] | None = None
-        self._plans: dict[torch.device, tuple[Plan, Layout | None]] = {}
+        self._schedules: dict[torch.device, tuple[Schedule, Layout | None]] = {}
         self._unpadded: list[Tensor] = []
 
     @property
-    def rows(self) -> list[Row]:
+    def rows(self) -> list[SequenceSchedule]:
         """Lengths and events of the rows of the pass (of the documents, if packed), once it has run."""
-        return next((plan.rows for plan, _ in self._plans.values()), [])
+        return next((schedule.sequences for schedule, _ in self._schedules.values()), [])
 
     @property
     def is_packed(self) -> bool:
@@ -160,56 +159,50 @@ class Trace:
         finally:
             self.is_suspended = False
 
-    def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, form: LogitForm
-    ) -> Tensor:
+    def attend(self, layer: int, inputs: LayerInputs, mask: Tensor | None) -> Tensor:
         """Attention output [B, S, Hq, D] of a layer; decides its `evict_at` unless this is a recomputation."""
-        if query.shape[2] != key.shape[2]:
+        key = inputs.key
+        if inputs.query.shape[2] != key.shape[2]:
             raise ValueError("simulated_eviction needs the whole sequence in one pass: leave the cache out")
         if layer in self.evict_at and not self.is_suspended and not in_backward():
             raise RuntimeError(
                 f"layer {layer} ran twice in one simulated_eviction block: open a block for each forward pass, and run "
                 "a teacher before it or inside trace.suspended()"
             )
-        plan, layout = self._plan_of(mask, key.shape[0], key.shape[2], key.device)
+        schedule, layout = self._schedule_of(mask, key.shape[0], key.shape[2], key.device)
         if layout is None:
-            return self._attend_rows(layer, query, key, value, plan, form)
-        query, key, value = layout.apart(query), layout.apart(key), layout.apart(value)
-        return layout.together(self._attend_rows(layer, query, key, value, plan, form))
+            return self._attend_rows(layer, inputs, schedule)
+        apart = LayerInputs(layout.apart(inputs.query), layout.apart(key), layout.apart(inputs.value), inputs.form)
+        return layout.together(self._attend_rows(layer, apart, schedule))
 
-    def _attend_rows(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, plan: Plan, form: LogitForm
-    ) -> Tensor:
+    def _attend_rows(self, layer: int, inputs: LayerInputs, schedule: Schedule) -> Tensor:
         """The same for one sequence a row."""
-        kind = self._kinds[layer]
-        self.backend = resolve(self.backend, query, value)
+        kind, kv_heads = self._kinds[layer], inputs.key.shape[1]
+        self.backend = resolve(self.backend, inputs.query, inputs.value)
         if self.is_suspended or not kind.evicts:
-            plan = plan.without_events()
+            schedule = schedule.without_events()
         if self.is_suspended:
-            evict_at = never_evicted(plan, key.shape[1])
+            evict_at = never_evicted(schedule, kv_heads)
         elif layer in self.evict_at:
             evict_at = self.evict_at[layer]
         elif kind.evicts and self._foresight is not None:
-            evict_at = self.evict_at[layer] = self._foresight.evict_at(layer, key.shape[1], plan)
-        elif kind.evicts:
-            assert self._selector is not None
-            out, self.evict_at[layer] = attend_and_decide(
-                self.backend, query, key, value, plan, self._selector, layer, form
-            )
+            evict_at = self.evict_at[layer] = self._foresight.evict_at(layer, kv_heads, schedule)
+        elif kind.evicts and self._selector is not None:
+            out, self.evict_at[layer] = attend_and_decide(self.backend, inputs, schedule, self._selector, layer)
             return out
         else:
-            evict_at = self.evict_at[layer] = never_evicted(plan, key.shape[1])
+            evict_at = self.evict_at[layer] = never_evicted(schedule, kv_heads)
         if kind.sliding_window is not None:
-            of_window = reference.attend_sliding if self.backend == "reference" else sliding.attend
-            return of_window(query, key, value, kind.sliding_window, plan, form)
-        return attend(self.backend, query, key, value, evict_at, plan, form)
+            attend_sliding = reference.attend_sliding if self.backend == "reference" else sliding.attend
+            return attend_sliding(inputs, kind.sliding_window, schedule)
+        return attend(self.backend, inputs, evict_at, schedule)
 
-    def _plan_of(
+    def _schedule_of(
         self, mask: Tensor | None, rows: int, width: int, device: torch.device
-    ) -> tuple[Plan, "Layout | None"]:
-        """Plan and layout of the pass on a layer's device: with a device map the layers lie on several."""
+    ) -> tuple[Schedule, "Layout | None"]:
+        """Schedule and layout of the pass on a layer's device: with a device map the layers lie on several."""
         if self._shape is None:
-            if mask is None or any(mask is other for other in self._unpadded):
+            if mask is None or any(mask is unpadded for unpadded in self._unpadded):
                 lengths = [width] * rows
             else:
                 lengths = right_padded_lengths(mask, rows, width)
@@ -219,16 +212,18 @@ class Trace:
                 raise ValueError(
                     f"prompt_lengths has {len(self._prompts)} entries for a batch of {rows} rows: give one each"
                 )
-            its = (lengths, width) if layout is None else (layout.documents, layout.longest)
-            plan = make_plan(self._config, self._prompts, self._streams, *its, device)
+            longest = width
+            if layout is not None:  # each document is a sequence of its own
+                lengths, longest = layout.documents, layout.longest
+            schedule = make_schedule(self._config, self._prompts, self._streams, lengths, longest, device)
             self._shape = (rows, width)
-            self._plans[device] = (plan, layout and layout.on(device))
+            self._schedules[device] = (schedule, layout and layout.on(device))
         elif self._shape != (rows, width):
             raise ValueError("the layers of one simulated pass saw batches of different shapes")
-        if device not in self._plans:
-            plan, layout = next(iter(self._plans.values()))
-            self._plans[device] = (plan.on(device), layout and layout.on(device))
-        return self._plans[device]
+        if device not in self._schedules:
+            schedule, layout = next(iter(self._schedules.values()))
+            self._schedules[device] = (schedule.on(device), layout and layout.on(device))
+        return self._schedules[device]
 
 
 @contextmanager

@@ -4,22 +4,20 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from vkvtrain.lifetimes import Plan
-from vkvtrain.logits import LogitForm
+from vkvtrain.lifetimes import Schedule
+from vkvtrain.logits import LayerInputs
 from vkvtrain.logits import attend as attend_entries
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, window: int, plan: Plan, form: LogitForm) -> Tensor:
+def attend(inputs: LayerInputs, window: int, schedule: Schedule) -> Tensor:
     """Attention output [B, S, Hq, D] under the mask `i - window < j <= i`; zero at padding.
 
     Args:
-        query: [B, Hq, S, D].
-        key, value: [B, Hkv, S, D].
+        inputs: query [B, Hq, S, D], key and value [B, Hkv, S, D].
         window: newest tokens that a query sees, itself included.
-        plan: the batch's rows.
-        form: scaling, soft cap and sinks of the attention.
+        schedule: lengths of the batch's sequences.
     """
-    rows, width = query.shape[0], plan.width
+    rows, width, device = inputs.query.shape[0], schedule.width, inputs.query.device
     blocks = -(-width // window)
     # a block's queries see its own keys and those of the block before, which for the first one do not exist
     fill = (0, 0, 0, blocks * window - width)
@@ -29,16 +27,17 @@ def attend(query: Tensor, key: Tensor, value: Tensor, window: int, plan: Plan, f
         return pad(entries, fill).unflatten(2, (blocks, window)).transpose(1, 2).flatten(0, 1)
 
     def with_previous(entries: Tensor) -> Tensor:
-        own = split(entries)
-        before = pad(own.unflatten(0, (rows, blocks))[:, :-1], (0, 0, 0, 0, 0, 0, 1, 0)).flatten(0, 1)
-        return torch.cat([before, own], dim=2)
+        keys = split(entries)
+        before = pad(keys.unflatten(0, (rows, blocks))[:, :-1], (0, 0, 0, 0, 0, 0, 1, 0)).flatten(0, 1)
+        return torch.cat([before, keys], dim=2)
 
-    place = torch.arange(window, device=query.device)
-    distance = place[:, None] + window - torch.arange(2 * window, device=query.device)
+    place = torch.arange(window, device=device)
+    distance = place[:, None] + window - torch.arange(2 * window, device=device)
     visible = (distance >= 0) & (distance < window)
-    first = visible & (torch.arange(2 * window, device=query.device) >= window)
+    first = visible & (torch.arange(2 * window, device=device) >= window)
     visible = torch.cat([first[None], visible.expand(blocks - 1, -1, -1)]).repeat(rows, 1, 1)[:, None]
-    out = attend_entries(split(query), with_previous(key), with_previous(value), form, visible)
+    blockwise = LayerInputs(split(inputs.query), with_previous(inputs.key), with_previous(inputs.value), inputs.form)
+    out = attend_entries(blockwise, visible)
     out = out.unflatten(0, (rows, blocks)).permute(0, 1, 3, 2, 4).flatten(1, 2)[:, :width]
-    real = torch.arange(width, device=query.device) < plan.lengths[:, None]
+    real = torch.arange(width, device=device) < schedule.lengths[:, None]
     return torch.where(real[:, :, None, None], out, 0.0)

@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any, ClassVar, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -10,8 +10,9 @@ from transformers.cache_utils import CacheLayerMixin
 
 from vkvtrain.cache.expected import cache_is_written
 from vkvtrain.cache.step import Counters, Step
+from vkvtrain.cache.storage import Storage
 from vkvtrain.config import EvictionConfig
-from vkvtrain.logits import LogitForm
+from vkvtrain.logits import LayerInputs
 from vkvtrain.noise import Stream, stream_key
 from vkvtrain.precision import attention_dtype
 from vkvtrain.selection import Selector
@@ -135,20 +136,16 @@ class RowLayer(CacheLayerMixin):
     is_sliding = False
     supports_early_init = False
     evicts = False
-    stored: ClassVar[tuple[str, ...]]
-    """Tensors whose first dimension is the row."""
 
     def __init__(self, shared: Shared, index: int) -> None:
-        super().__init__()
+        # not the mixin's, which would set keys and values: here they are the storage's
         self.shared = shared
         self.index = index
         self.reset()
 
     def reset(self) -> None:
         """Forget the sequences."""
-        for name in self.stored:
-            setattr(self, name, None)
-        self.is_initialized = False
+        self._storage: Storage | None = None
         self.decoded = False
         """Whether a token was given alone after the prompt."""
         self.step: Step | None = None
@@ -156,7 +153,30 @@ class RowLayer(CacheLayerMixin):
         self.columns = 0
         self.counters = Counters.of_prompts([])
 
+    @property
+    def storage(self) -> Storage:
+        """What the layer holds, from the prompt on.
+
+        Raises:
+            ValueError: an empty cache.
+        """
+        if self._storage is None:
+            raise ValueError("the cache is empty: pass it to generate or to the model first")
+        return self._storage
+
     # What transformers asks of a layer
+
+    @property
+    def is_initialized(self) -> bool:
+        return self._storage is not None
+
+    @property
+    def keys(self) -> Tensor | None:
+        return None if self._storage is None else self._storage.keys
+
+    @property
+    def values(self) -> Tensor | None:
+        return None if self._storage is None else self._storage.values
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Storage is made when the prompt has been attended, because only its mask tells the rows' lengths."""
@@ -247,15 +267,20 @@ class RowLayer(CacheLayerMixin):
         """Store tokens that continue the rows; returns the keys and values that they attend to."""
 
     @abstractmethod
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, form: LogitForm) -> Tensor:
+    def attend(self, inputs: LayerInputs, mask: Tensor | None) -> Tensor:
         """Attention output [rows, q, Hq, D] of the tokens just given to `update`; then the events that are due.
 
         Args:
-            query: [rows, Hq, q, D].
-            key, value: what `update` returned, [rows, Hkv, entries, D].
+            inputs: query [rows, Hq, q, D]; key and value are what `update` returned, [rows, Hkv, entries, D].
             mask: of the new tokens among themselves, bool [rows, 1, q, q], or None without padding.
-            form: scaling, soft cap and sinks of the attention.
         """
+
+    def take_step(self) -> Step:
+        """The step that `update` has begun and `attend` ends."""
+        if self.step is None:
+            raise RuntimeError("attention without tokens: EvictionCache.update comes before attend")
+        step, self.step = self.step, None
+        return step
 
     def finish(self, step: Step) -> None:
         """Count a step whose tokens are stored and attended."""
@@ -268,12 +293,6 @@ class RowLayer(CacheLayerMixin):
     def held_bytes(self, row: int) -> tuple[int, int]:
         """(bytes held of a row, most that were ever held)."""
 
-    def entry_bytes(self) -> int:
-        """Bytes of one token's entries, all KV heads."""
-        assert self.keys is not None
-        assert self.values is not None
-        return self.keys.shape[1] * (self.keys.shape[3] + self.values.shape[3]) * self.keys.element_size()
-
     # Rows that come and go, for continuous batching
 
     def match_storage(self, layers: "Sequence[RowLayer]") -> None:
@@ -282,28 +301,20 @@ class RowLayer(CacheLayerMixin):
     def join(self, sources: "Sequence[RowLayer]") -> None:
         """Hold the rows of other layers, one after another; they may lose their storage."""
         self.match_storage(sources)
-        for name in self.stored:
-            tensors = [getattr(source, name) for source in sources]
-            setattr(self, name, None if tensors[0] is None else torch.cat(tensors))
+        self._storage = Storage.join([source.storage for source in sources])
         self.counters = Counters.join([source.counters for source in sources])
         self.columns = max(source.columns for source in sources)
         self.decoded = any(source.decoded for source in sources)
-        self.is_initialized = True
 
     def replace_row(self, row: int, source: "RowLayer") -> None:
         """Put the first row of another layer into `row`."""
         self.match_storage([self, source])
-        for name in self.stored:
-            if getattr(self, name) is not None:
-                getattr(self, name)[row] = getattr(source, name)[0]
+        self.storage.replace_row(row, source.storage)
         self.counters = self.counters.replace_row(row, source.counters)
 
     def keep_rows(self, rows: Sequence[int]) -> None:
         """Drop all rows but these."""
-        for name in self.stored:
-            tensor = getattr(self, name)
-            if tensor is not None:
-                setattr(self, name, tensor[self.shared.index(rows, tensor.device)])
+        self.storage.keep_rows(self.shared.index(rows, self.storage.keys.device))
         self.counters = self.counters.keep(rows)
 
 

@@ -94,9 +94,7 @@ class EvictionCache(Cache):
         held = self.layers[layer]
         if not isinstance(held, EvictionLayer):
             raise ValueError(f"layer {layer} keeps its own sliding window and evicts nothing: ask for another layer")
-        if held.entry_positions is None:
-            raise ValueError("the cache is empty: pass it to generate or to the model first")
-        return held.entry_positions[row, :, : held.counters.live[row]].clone()
+        return held.storage.entry_positions[row, :, : held.counters.live[row]].clone()
 
     def stats(self) -> list[dict[str, int]]:
         """Of each row: evictions, entries held and most ever held per KV head of an evicting layer, and their bytes.
@@ -108,7 +106,7 @@ class EvictionCache(Cache):
         rows = []
         for row in range(len(first.counters.seen)):
             held, peak = zip(*(layer.held_bytes(row) for layer in layers), strict=True)
-            entries, most = (count // first.entry_bytes() for count in first.held_bytes(row))
+            entries, most = (count // first.storage.entry_bytes for count in first.held_bytes(row))
             rows.append(
                 {
                     "evictions": first.counters.events[row],
@@ -123,7 +121,8 @@ class EvictionCache(Cache):
     @property
     def allocated_bytes(self) -> int:
         """Bytes of key and value storage, all rows and layers."""
-        held = [tensor for layer in self.row_layers for tensor in (layer.keys, layer.values) if tensor is not None]
+        storages = [layer.storage for layer in self.row_layers if layer.is_initialized]
+        held = [tensor for storage in storages for tensor in (storage.keys, storage.values)]
         return sum(tensor.untyped_storage().nbytes() for tensor in held)
 
     def reset(self, streams: Sequence[Stream] | None = None) -> None:
@@ -171,8 +170,7 @@ class EvictionCache(Cache):
         return bool(step.due)
 
     def _step(self, layer: RowLayer) -> Step:
-        assert layer.keys is not None
-        return self._shared.step(layer.counters, 1, layer.keys.device, layer.evicts)
+        return self._shared.step(layer.counters, 1, layer.storage.keys.device, layer.evicts)
 
     # Rows that come and go, for continuous batching
 

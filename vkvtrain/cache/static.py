@@ -17,7 +17,8 @@ from vkvtrain.cache.base import RowLayer, carry, in_one_dtype
 from vkvtrain.cache.eviction_cache import EvictionCache
 from vkvtrain.cache.layer import EvictionLayer
 from vkvtrain.cache.sliding import SlidingLayer
-from vkvtrain.logits import LogitForm, attend
+from vkvtrain.cache.storage import Storage
+from vkvtrain.logits import LayerInputs, attend
 from vkvtrain.support import LayerKind
 
 
@@ -93,8 +94,7 @@ class StaticView(Cache):
 
 def _counter(layer: RowLayer, counts: Sequence[int]) -> Tensor:
     """Counts of rows, on the layer's device, at an address that CUDA graphs may rely on."""
-    assert layer.keys is not None
-    counter = torch.tensor(counts, device=layer.keys.device)
+    counter = torch.tensor(counts, device=layer.storage.keys.device)
     torch._dynamo.mark_static_address(counter)
     return counter
 
@@ -105,9 +105,13 @@ class _StaticLayer(CacheLayerMixin):
     is_compileable = True
     is_croppable = False
 
-    def __init__(self, keys: Tensor | None, values: Tensor | None) -> None:
-        super().__init__()
-        self.keys, self.values = keys, values
+    keys: Tensor
+    values: Tensor
+
+    def __init__(self, storage: Storage) -> None:
+        self.keys, self.values = storage.keys, storage.values
+        for tensor in (self.keys, self.values):
+            torch._dynamo.mark_static_address(tensor)
         self.is_initialized = True
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -130,8 +134,6 @@ class _StaticLayer(CacheLayerMixin):
         """Slot that each row's token takes, int64 [rows]."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        assert self.keys is not None
-        assert self.values is not None
         key_states, value_states = in_one_dtype(key_states, value_states, self.keys)
         slot = self.place().to(key_states.device)[:, None, None, None]
         self.keys.scatter_(2, slot.expand(key_states.shape), key_states)
@@ -139,7 +141,7 @@ class _StaticLayer(CacheLayerMixin):
         return carry(self.keys.view(self.keys.shape), self), self.values
 
     @abstractmethod
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, form: LogitForm) -> Tensor:
+    def attend(self, inputs: LayerInputs, mask: Tensor | None) -> Tensor:
         """Attention output [rows, 1, Hq, D]; arguments as for `RowLayer.attend`, whose mask says nothing here."""
 
 
@@ -149,20 +151,20 @@ class StaticEvictionLayer(_StaticLayer):
     is_sliding = False
 
     def __init__(self, source: EvictionLayer, live: Tensor) -> None:
-        super().__init__(source.keys, source.values)
-        self.live, self.queries = live, source.queries
-        for tensor in (self.keys, self.values, self.queries):
-            if tensor is not None:
-                torch._dynamo.mark_static_address(tensor)
+        super().__init__(source.storage)
+        self.live, self.queries = live, source.storage.queries
+        if self.queries.shape[2]:
+            torch._dynamo.mark_static_address(self.queries)
 
     def place(self) -> Tensor:
         return self.live
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, form: LogitForm) -> Tensor:
+    def attend(self, inputs: LayerInputs, mask: Tensor | None) -> Tensor:
+        query = inputs.query
         newest = self.live.to(query.device)[:, None, None, None]
-        visible = torch.arange(key.shape[2], device=query.device) <= newest
-        out = attend(query, key, value, form, visible)
-        if self.queries is not None:
+        visible = torch.arange(inputs.key.shape[2], device=query.device) <= newest
+        out = attend(inputs, visible)
+        if self.queries.shape[2]:
             place = newest % self.queries.shape[2]
             self.queries.scatter_(2, place.expand(query.shape), query.to(self.queries.dtype))
         return out.transpose(1, 2)
@@ -174,16 +176,14 @@ class StaticSlidingLayer(_StaticLayer):
     is_sliding = True
 
     def __init__(self, source: SlidingLayer, turned: Tensor) -> None:
-        super().__init__(source.keys, source.values)
+        super().__init__(source.storage)
         self.turned, self.window = turned, source.window
-        for tensor in (self.keys, self.values):
-            if tensor is not None:
-                torch._dynamo.mark_static_address(tensor)
 
     def place(self) -> Tensor:
         return self.turned % self.window
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, form: LogitForm) -> Tensor:
-        newest = self.turned.to(query.device)[:, None, None, None]
-        visible = torch.arange(self.window, device=query.device) <= newest
-        return attend(query, key, value, form, visible).transpose(1, 2)
+    def attend(self, inputs: LayerInputs, mask: Tensor | None) -> Tensor:
+        device = inputs.query.device
+        newest = self.turned.to(device)[:, None, None, None]
+        visible = torch.arange(self.window, device=device) <= newest
+        return attend(inputs, visible).transpose(1, 2)

@@ -32,16 +32,16 @@ class Counters:
     @classmethod
     def of_prompts(cls, lengths: Sequence[int]) -> Self:
         """Rows that hold their prompts."""
-        own = tuple(lengths)
-        return cls(own, own, own, own, (0,) * len(own))
+        held = tuple(lengths)
+        return cls(prompts=held, seen=held, live=held, peak=held, events=(0,) * len(held))
 
     @classmethod
-    def join(cls, parts: Sequence[Self]) -> Self:
+    def join(cls, counters: Sequence[Self]) -> Self:
         """The rows of several, one after another."""
-        return cls(*(sum(counts, ()) for counts in zip(*(part._tuples() for part in parts), strict=True)))
+        return cls(*(sum(counts, ()) for counts in zip(*(each._tuples() for each in counters), strict=True)))
 
     def keep(self, rows: Sequence[int]) -> Self:
-        """Some rows, in this order."""
+        """These rows, in this order."""
         return type(self)(*(tuple(counts[row] for row in rows) for counts in self._tuples()))
 
     def replace_row(self, row: int, other: Self) -> Self:
@@ -166,8 +166,8 @@ class Ring:
         age = (self._first - 1 - torch.arange(self.window, device=self.device)) % self.window
         # positions; what was never written is out of reach
         ring = torch.where(age < self._first, self._first - 1 - age, -self.window)
-        own = self._first + torch.arange(self.new, device=self.device)
-        distance = own[:, :, None] - torch.cat([ring, own], dim=1)[:, None]
+        chunk = self._first + torch.arange(self.new, device=self.device)
+        distance = chunk[:, :, None] - torch.cat([ring, chunk], dim=1)[:, None]
         return ((distance >= 0) & (distance < self.window))[:, None]
 
 

@@ -23,5 +23,12 @@ def get_policy(name: str) -> type[Policy]:
 
 
 __all__ = [
-    "MEASURES", "POLICIES", "Candidates", "Policy", "get_policy", "round_mantissa", "value_size", "window_attention",
-]  # fmt: skip
+    "MEASURES",
+    "POLICIES",
+    "Candidates",
+    "Policy",
+    "get_policy",
+    "round_mantissa",
+    "value_size",
+    "window_attention",
+]

@@ -48,16 +48,15 @@ class Tova(Policy):
     has_weights: ClassVar[bool] = True
 
     def score(self, candidates: Candidates, smooth: bool) -> Tensor:
-        assert candidates.queries is not None
         positions = candidates.positions.contiguous()
         attention = candidates.logits(candidates.queries[:, :, -1:], candidates.all_keys()).softmax(-1)
-        own = attention[..., 0, : positions.shape[-1]].mean(2)  # of the KV head's own group
-        total, holders = torch.zeros_like(own), torch.zeros_like(own)
+        group_mean = attention[..., 0, : positions.shape[-1]].mean(2)
+        total, holders = torch.zeros_like(group_mean), torch.zeros_like(group_mean)
         for head in range(positions.shape[1]):
-            other = positions[:, head, None].expand_as(positions).contiguous()
-            slot = torch.searchsorted(other, positions).clamp(max=positions.shape[-1] - 1)
-            holds = other.gather(-1, slot) == positions
-            total += torch.where(holds, own[:, head, None].expand_as(own).gather(-1, slot), 0.0)
+            head_positions = positions[:, head, None].expand_as(positions).contiguous()
+            slot = torch.searchsorted(head_positions, positions).clamp(max=positions.shape[-1] - 1)
+            holds = head_positions.gather(-1, slot) == positions
+            total += torch.where(holds, group_mean[:, head, None].expand_as(group_mean).gather(-1, slot), 0.0)
             holders += holds
         return total / holders
 
@@ -75,7 +74,6 @@ class H2O(Policy):
     has_weights: ClassVar[bool] = True
 
     def score(self, candidates: Candidates, smooth: bool) -> Tensor:
-        assert candidates.mass is not None
         return candidates.mass
 
 
@@ -96,7 +94,6 @@ class Caote(Policy):
     smooths: ClassVar[bool] = True
 
     def score(self, candidates: Candidates, smooth: bool) -> Tensor:
-        assert candidates.values is not None
         attention = window_attention(candidates, smooth)
         alpha = attention / attention.sum(-1, keepdim=True)
         output = torch.matmul(alpha[..., None, :], candidates.values)

@@ -6,7 +6,7 @@ dimension.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, overload
 
 import torch
 from torch import Tensor
@@ -15,7 +15,38 @@ from vkvtrain.logits import LogitForm
 from vkvtrain.noise import NoiseSource
 
 
-@dataclass(frozen=True)
+class Declared:
+    """A field of `Candidates` that is there for policies that declare it; reading it undeclared is a TypeError."""
+
+    def __init__(self, is_required: bool) -> None:
+        self.is_required = is_required
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    @overload
+    def __get__(self, candidates: None, owner: type) -> None: ...
+    @overload
+    def __get__(self, candidates: "Candidates", owner: type) -> Tensor: ...
+    def __get__(self, candidates: "Candidates | None", owner: type) -> Tensor | None:
+        if candidates is None:  # the dataclass asks for the field's default
+            if self.is_required:
+                raise AttributeError(self.name)
+            return None
+        given = vars(candidates)[self.name]
+        if given is None:
+            if candidates.attention is not None and self.name in ("queries", "keys"):
+                fix = "do not set only_window_attention on its class"
+            else:
+                fix = f"set needs_{self.name} = True on its class"
+            raise TypeError(f"policy {candidates.policy!r} reads candidates.{self.name} without declaring it: {fix}")
+        return given
+
+    def __set__(self, candidates: "Candidates", value: Tensor | None) -> None:
+        vars(candidates)[self.name] = value
+
+
+@dataclass(frozen=True, eq=False, repr=False)
 class Candidates:
     """The entries that an event chooses among, in chronological order, with what the policy declared that it needs.
 
@@ -32,26 +63,25 @@ class Candidates:
         attention: `window_attention` before smoothing [N, Hkv, C], where a training pass has it from its own logits:
             for policies that declare `only_window_attention`, then without queries and keys.
         value_sizes: `value_size` of each candidate by measure, rounded [N, Hkv, C], where it is known already.
+        policy: the policy's name, for the error of an undeclared read.
     """
 
     positions: Tensor
-    queries: Tensor | None
-    keys: Tensor | None
-    values: Tensor | None
-    scaling: float
-    noise: NoiseSource
-    window_keys: Tensor | None = None
-    mass: Tensor | None = None
+    queries: Declared = Declared(is_required=True)
+    keys: Declared = Declared(is_required=True)
+    values: Declared = Declared(is_required=True)
+    scaling: float  # pyright: ignore[reportGeneralTypeIssues]
+    noise: NoiseSource  # pyright: ignore[reportGeneralTypeIssues]
+    window_keys: Declared = Declared(is_required=False)
+    mass: Declared = Declared(is_required=False)
     softcap: float | None = None
     attention: Tensor | None = None
     value_sizes: Mapping[str, Tensor] = field(default_factory=dict)
+    policy: str = ""
 
     def value_size(self, measure: str) -> Tensor:
         """How large the candidates' values are by a measure (see `MEASURES`), rounded, [N, Hkv, C]."""
-        if measure in self.value_sizes:
-            return self.value_sizes[measure]
-        assert self.values is not None
-        return value_size(self.values, measure)
+        return self.value_sizes[measure] if measure in self.value_sizes else value_size(self.values, measure)
 
     def logits(self, queries: Tensor, keys: Tensor) -> Tensor:
         """Attention logits of every query head, [N, Hkv, Hq / Hkv, Q, K].
@@ -64,8 +94,6 @@ class Candidates:
 
     def all_keys(self) -> Tensor:
         """Keys of everything held, candidates then window, [N, Hkv, C + R, D]."""
-        assert self.keys is not None
-        assert self.window_keys is not None
         return torch.cat([self.keys, self.window_keys], dim=2)
 
 
@@ -129,8 +157,6 @@ def window_attention(candidates: Candidates, smooth: bool) -> Tensor:
     """
     attention = candidates.attention
     if attention is None:
-        assert candidates.queries is not None
-        assert candidates.keys is not None
         attention = candidates.logits(candidates.queries, candidates.keys).softmax(-1).mean((2, 3))
     return torch.nn.functional.avg_pool1d(attention, 5, stride=1, padding=2) if smooth else attention
 
@@ -151,8 +177,10 @@ def value_norm(values: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
 
 MEASURES: dict[str, Callable[[Tensor, torch.dtype | None], Tensor]] = {
-    "range": value_range, "variance": value_variance, "l2": value_norm,
-}  # fmt: skip
+    "range": value_range,
+    "variance": value_variance,
+    "l2": value_norm,
+}
 """Measures of the size of a value; the setting `measure` names one of them, or `random`."""
 
 
@@ -183,5 +211,7 @@ def round_mantissa(x: Tensor, bits: int = 10) -> Tensor:
     Equal tokens get values that differ in the last bits when a prefill and a one-token product compute them; rounded,
     they tie as they should.
     """
+    # ten bits: far above rounding, so that two passes seldom fall on two sides of a boundary, and far below what sets
+    # tokens apart. frexp's mantissa lies in [0.5, 1): its first bit is the implicit one, `bits` more are explicit.
     mantissa, exponent = torch.frexp(x)
     return torch.round(mantissa * 2 ** (bits + 1)) * torch.exp2((exponent - (bits + 1)).to(x.dtype))

@@ -18,7 +18,6 @@ class KNorm(Policy):
     scores_single_tokens: ClassVar[bool] = True
 
     def score(self, candidates: Candidates, smooth: bool) -> Tensor:
-        assert candidates.keys is not None
         return -candidates.keys.norm(dim=-1)
 
 
@@ -34,6 +33,5 @@ class KeyDiff(Policy):
     needs_window_keys: ClassVar[bool] = True
 
     def score(self, candidates: Candidates, smooth: bool) -> Tensor:
-        assert candidates.keys is not None
         anchor = normalize(candidates.all_keys(), dim=-1).mean(2, keepdim=True)
         return -cosine_similarity(candidates.keys, anchor, dim=-1)

@@ -33,8 +33,6 @@ class CurDKV(Policy):
 
     def score(self, candidates: Candidates, smooth: bool) -> Tensor:
         keys, values = candidates.keys, candidates.values
-        assert keys is not None
-        assert values is not None
 
         def leverage(entries: Tensor) -> Tensor:
             dim = entries.shape[-1]

@@ -41,8 +41,6 @@ class Nexus(Policy):
             raise ValueError(f"policy_args: lam must be a number from 0 to 1, got {self.lam!r}")
 
     def score(self, candidates: Candidates, smooth: bool) -> Tensor:
-        assert candidates.queries is not None
-        assert candidates.keys is not None
         rows = candidates.logits(candidates.queries, candidates.keys).softmax(-1).mean(2)
         walk = torch.zeros_like(rows[:, :, 0])
         for row in rows[:, :, :_STEPS].unbind(2):

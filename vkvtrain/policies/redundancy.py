@@ -54,8 +54,6 @@ class RKV(Policy):
 
     def importance(self, candidates: Candidates, smooth: bool) -> Tensor:
         """I, [N, Hkv, C]."""
-        assert candidates.queries is not None
-        assert candidates.keys is not None
         logits = candidates.logits(candidates.queries[:, :, -_QUERIES:], candidates.keys).amax(2)
         return torch.nn.functional.max_pool1d(logits.softmax(-1).mean(2), _POOL, stride=1, padding=_POOL // 2)
 
@@ -86,5 +84,4 @@ class RKVVase(RKV):
         return window_attention(candidates, smooth)
 
     def compared_keys(self, candidates: Candidates) -> Tensor:
-        assert candidates.keys is not None
         return candidates.keys

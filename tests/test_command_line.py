@@ -9,6 +9,9 @@ import yaml
 
 import vkvtrain
 import vkvtrain_cli
+from vkvtrain.ablation.grid import load_sweep
+from vkvtrain.ablation.tasks import find_tasks
+from vkvtrain.cli import with_tasks
 from vkvtrain.recipes import copy, main, planned_memory
 from vkvtrain.shipped import find_recipe, find_sweep, recipes
 from vkvtrain.training import command
@@ -182,3 +185,30 @@ def test_training_in_this_process_has_the_statuses_of_the_script(tmp_path, capsy
     assert "vkvtrain train: output" in capsys.readouterr().err
     assert vkvtrain_cli.main(["train", "--help"]) == 0
     assert "--optim.learning_rate" in capsys.readouterr().out
+
+
+def test_the_shipped_tasks_are_found_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shipped = str(ROOT / "eval/tasks")
+    run = ["run", "--model", "vkv", "--tasks", "vkv_aime25"]
+    assert with_tasks(run) == [*run, "--include_path", shipped]
+    assert with_tasks(["ls", "tasks"]) == ["ls", "tasks", "--include_path", shipped]
+    assert with_tasks([*run, "--include_path=eval/tasks"]) == [*run, "--include_path", shipped]
+    assert with_tasks([*run, "--include_path", "own"]) == [*run, "--include_path", "own"]
+    for unchanged in ([], ["run"], ["run", "--help"]):
+        assert with_tasks(unchanged) == unchanged
+    (tmp_path / "c.yaml").write_text("include_path: mine\n")
+    assert with_tasks(["run", "-C", "c.yaml"]) == ["run", "--config", "c.yaml", "--include_path", "mine"]
+    (tmp_path / "c.yaml").write_text("tasks: vkv_aime25\n")
+    assert with_tasks(["run", "--config=c.yaml"])[-1] == shipped
+    (tmp_path / "eval/tasks").mkdir(parents=True)  # one's own goes first
+    assert with_tasks(run)[-1] == "eval/tasks"
+
+
+def test_a_shipped_sweep_names_its_tasks_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    sweep = load_sweep(find_sweep("quickstart"))
+    assert sweep.include_path == str(ROOT / "eval/tasks")
+    assert set(find_tasks(sweep)) == {"tiny_keyed_sum"}
+    with pytest.raises(ValueError, match="no directory 'no/where'"):
+        find_tasks(load_sweep(find_sweep("quickstart"), {"include_path": "no/where"}))

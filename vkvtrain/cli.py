@@ -1,11 +1,14 @@
 """`vkvtrain data` and `vkvtrain lm-eval`; as `python -m vkvtrain.cli`, which launchers start, all commands."""
 
+import argparse
 import json
 import sys
 from itertools import takewhile
+from pathlib import Path
 from typing import Any
 
-from vkvtrain.shipped import TASKS, shipped, tasks_directory
+from vkvtrain.shipped import TASKS, tasks_directory
+from vkvtrain.yaml_files import read_mapping
 from vkvtrain_cli import main
 
 __all__ = ["data", "generation_settings", "lm_eval", "main", "with_tasks"]
@@ -47,16 +50,22 @@ def generation_settings(arguments: list[str]) -> dict[str, Any]:
 
 
 def with_tasks(arguments: list[str]) -> list[str]:
-    """lm-eval's arguments with the shipped tasks beside its own, where no other directory is given.
+    """lm-eval's arguments with the shipped tasks beside its own, where no other directory is given, also in --config.
 
     `eval/tasks` is the shipped directory wherever the current one has none of that name.
     """
-    options = [argument.split("=")[0] for argument in arguments]
-    if arguments[:1] == ["run"] and "--include_path" not in options and not {"-h", "--help"} & set(arguments):
-        return [*arguments, "--include_path", str(shipped("eval") / "tasks")]
-    if TASKS in arguments and "--include_path" in options:
-        return [tasks_directory(argument) if argument == TASKS else argument for argument in arguments]
-    return arguments
+    if len(arguments) < 2 or {"-h", "--help"} & set(arguments):
+        return arguments
+    given, configs = argparse.ArgumentParser(add_help=False, allow_abbrev=False), []
+    given.add_argument("--include_path")
+    given.add_argument("--config", "-C")
+    known, rest = given.parse_known_args(arguments)
+    directory = known.include_path
+    if known.config is not None:
+        configs = ["--config", known.config]
+        if directory is None and Path(known.config).is_file():
+            directory = read_mapping(Path(known.config)).get("include_path")
+    return [*rest, *configs, "--include_path", tasks_directory(directory or TASKS)]
 
 
 def lm_eval(arguments: list[str]) -> None:

@@ -1,7 +1,7 @@
 """When eviction events happen: plain integer arithmetic, the same for training and decoding.
 
 Event times depend on lengths alone, never on scores, so both passes know them without asking a device. Knows nothing of
-tensors.
+tensors. What entry, budget, window and event mean stands in `docs/how-it-works.md`, with the picture.
 """
 
 from collections.abc import Sequence

@@ -122,8 +122,9 @@ class Trace:
         self._streams = range(len(prompts)) if streams is None else streams
         selector = self._selector = Selector(config) if config.evicts else None
         evicting = [layer for layer, kind in enumerate(kinds) if kind.evicts]
-        foreseen = selector is not None and selector.data_independent
-        self._foresight = Foresight(selector, evicting) if foreseen else None
+        self._foresight = None
+        if selector is not None and selector.data_independent:
+            self._foresight = Foresight(selector, evicting)
         self._documents = documents
         self._shape: tuple[int, int] | None = None
         self._schedules: dict[torch.device, tuple[Schedule, Layout | None]] = {}

@@ -1,4 +1,7 @@
-"""A layer that evicts (or, without a selector, keeps everything)."""
+"""A layer that evicts (or, without a selector, keeps everything).
+
+One event, `_evict_rows`, is four steps: gather, score, select, store back; `docs/how-it-works.md` follows it.
+"""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

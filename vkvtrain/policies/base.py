@@ -1,7 +1,7 @@
 """What a policy is: it scores candidates. Selection (protection, sampling, ties) is in `vkvtrain.selection`.
 
-Shapes: N sequences, Hq query heads, Hkv KV heads (Hq a multiple of Hkv), R window queries, C candidates, D head
-dimension.
+`docs/how-it-works.md` has the words, and follows one event through the code. Shapes: N sequences, Hq query heads, Hkv
+KV heads (Hq a multiple of Hkv), R window queries, C candidates, D head dimension.
 """
 
 from collections.abc import Callable, Mapping

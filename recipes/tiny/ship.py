@@ -2,7 +2,7 @@
 
     python recipes/tiny/ship.py            # from runs/demo to vkvtrain/tiny/adapters
 
-`vkvtrain quickstart` answers with them. Shipped are the adapter, the eviction setting that it was trained for, its
+`vkvtrain quickstart` answers with them. Shipped are the adapter, the eviction setting that it was trained for, tokenizer,
 recipe and metrics, and its rows of the demo's results.json, with the numbers of the very weights.
 """
 
@@ -19,7 +19,9 @@ from vkvtrain.identity import adapter_hash
 from vkvtrain.tiny import ADAPTERS, ADAPTERS_PATH
 from vkvtrain.training.run_directory import FINISHED, RECIPE
 
-FILES = (FINISHED, "eviction_config.json", "generation_config.json", "metrics.jsonl")
+FILES = (
+    FINISHED, "eviction_config.json", "generation_config.json", "metrics.jsonl", "tokenizer.json", "tokenizer_config.json",
+)  # fmt: skip
 LIMIT = 5 * 10**6
 """Bytes of both adapters together."""
 

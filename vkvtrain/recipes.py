@@ -67,17 +67,21 @@ def copy(name: str, directory: Path) -> list[Path]:
         ValueError: an unknown name, or a file of that name that says something else.
     """
     names = {path.resolve(): known for known, path in recipes().items()}
+
+    def file_name(path: Path) -> str:
+        return f"{names.get(path, path.stem).replace('/', '-')}.yaml"
+
     texts: dict[Path, str] = {}
     path = find_recipe(name).resolve()
     while True:
         base = read_mapping(path).get("base")
-        target = directory / f"{names.get(path, path.stem).replace('/', '-')}.yaml"
+        target = directory / file_name(path)
         text = path.read_text()
         if base is None:
             texts[target] = text
             break
         path = (path.parent / base).resolve()
-        texts[target] = _BASE.sub(f"base: {names.get(path, path.stem).replace('/', '-')}.yaml", text, count=1)
+        texts[target] = _BASE.sub(f"base: {file_name(path)}", text, count=1)
     for target, text in texts.items():
         if target.exists() and target.read_text() != text:
             raise ValueError(f"{target} is there already and differs: move it away, or give another directory")

@@ -2,8 +2,8 @@
 
     python recipes/tiny/ship.py            # from runs/demo to vkvtrain/tiny/adapters
 
-`vkvtrain quickstart` answers with them. Shipped are the adapter, the eviction setting that it was trained for, tokenizer,
-recipe and metrics, and its rows of the demo's results.json, with the numbers of the very weights.
+`vkvtrain quickstart` answers with them. Shipped are the adapter, the eviction setting that it was trained for, its
+tokenizer, recipe and metrics, and its rows of the demo's results.json, with the numbers of the very weights.
 """
 
 import json
@@ -20,8 +20,9 @@ from vkvtrain.tiny import ADAPTERS, ADAPTERS_PATH
 from vkvtrain.training.run_directory import FINISHED, RECIPE
 
 FILES = (
-    FINISHED, "eviction_config.json", "generation_config.json", "metrics.jsonl", "tokenizer.json", "tokenizer_config.json",
-)  # fmt: skip
+    *(FINISHED, "eviction_config.json", "generation_config.json", "metrics.jsonl"),
+    *("tokenizer.json", "tokenizer_config.json"),
+)
 LIMIT = 5 * 10**6
 """Bytes of both adapters together."""
 

@@ -135,7 +135,7 @@ def test_layers_that_grow_are_refused(config):
     with pytest.raises(
         ValueError, match=r"a layer keeps everything \(policy 'full', or skip_layers\): leave compile out"
     ):
-        generate(tiny_model(), config, requests_of(), slots=2, end_tokens=(), compile=True)
+        generate(tiny_model(vocab=200), config, requests_of(), slots=2, end_tokens=(), compile=True)
 
 
 def test_a_step_that_is_no_single_graph_is_refused(graphs):

@@ -14,7 +14,7 @@ from short_runs import EVICTED, short_recipe
 
 from vkvtrain.clock import day_of, depends_on_date, fix_date, fix_day, fixed_date, reads_clock
 from vkvtrain.evaluation.lm import EvictionLM
-from vkvtrain.traces.command import Arguments
+from vkvtrain.traces.command import TraceArguments
 from vkvtrain.traces.command import run as generate_traces
 from vkvtrain.training import loop
 from vkvtrain.training.data import load_data
@@ -168,7 +168,7 @@ def test_the_day_of_an_evaluation_and_of_generated_traces(tmp_path):
     with pytest.raises(ValueError, match="date 'x' is no date"):
         EvictionLM("tiny", date="x")
     with pytest.raises(ValueError, match="--date 'x' is no date"):
-        generate_traces(Arguments(model="tiny", source="x.jsonl", output=tmp_path / "x.jsonl", date="x"))
+        generate_traces(TraceArguments(model="tiny", source="x.jsonl", output=tmp_path / "x.jsonl", date="x"))
 
 
 def test_a_fixed_template_is_fixed_for_good():

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from vkvtrain.cli import main
 from vkvtrain.tiny import MODEL_PATH, task
 from vkvtrain.traces import making
-from vkvtrain.traces.command import Arguments, run
+from vkvtrain.traces.command import TraceArguments, run
 from vkvtrain.traces.problems import problems, same_answer
 from vkvtrain.training.data import load_data
 from vkvtrain.training.loop import train
@@ -24,7 +24,7 @@ def arguments(tmp_path, **changes):
         "model": "tiny", "source": "tiny:keyed_sum", "rows": 8, "attempts": 3, "temperature": 1.6, "top_p": 1.0,
         "max_new_tokens": 150, "slots": 8, "output": tmp_path / "traces.jsonl",
     }  # fmt: skip
-    return Arguments(**settings | changes)
+    return TraceArguments(**settings | changes)
 
 
 def lines(path):

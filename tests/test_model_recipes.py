@@ -13,7 +13,7 @@ from chat_templates import chat_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from vkvtrain.planning.architecture import PRESETS, preset_names, read_architecture
-from vkvtrain.planning.command import Arguments, make_plan, summary, workload
+from vkvtrain.planning.command import EstimateArguments, make_estimate, summary, workload
 from vkvtrain.planning.devices import find_device
 from vkvtrain.training.overrides import load_recipe
 
@@ -98,13 +98,13 @@ def test_headers_state_what_the_plan_says(name):
     header = (RECIPES / name / "vase.yaml").read_text()
     recipe = load_recipe(RECIPES / name / "vase.yaml")
     (command,) = re.findall(r"^#   vkvtrain plan (.*)$", header, re.MULTILINE)
-    arguments = tyro.cli(Arguments, args=shlex.split(command))
+    arguments = tyro.cli(EstimateArguments, args=shlex.split(command))
     assert (arguments.seq, arguments.budget) == (recipe.data.max_length, recipe.eviction["budget"][0])
     assert (arguments.r, arguments.global_batch) == (recipe.lora.r, recipe.training.global_batch)
     assert (arguments.rows, arguments.objective) == (recipe.training.batch_per_device, recipe.training.objective)
     w, device = workload(arguments), find_device(arguments.device)
     stated = summary(
-        make_plan(read_architecture(name, recipe.lora.r), w, device, arguments.mfu), w, device, arguments.mfu
+        make_estimate(read_architecture(name, recipe.lora.r), w, device, arguments.mfu), w, device, arguments.mfu
     )
     assert f"#   {stated}\n" in header
     assert f"recipes/{name}/vase.yaml" in header

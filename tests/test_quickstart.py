@@ -70,7 +70,7 @@ def test_results_of_other_weights_are_not_shipped(trained, ship, tmp_path, capsy
 
 def test_the_table_and_the_answers(shipped):
     out = io.StringIO()
-    arguments = quickstart.Arguments(problems=3, budgets=(64,), shown=1, adapters=shipped)
+    arguments = quickstart.QuickstartArguments(problems=3, budgets=(64,), shown=1, adapters=shipped)
     cells = quickstart.run(arguments, Console(file=out, width=140))
     assert list(cells) == [(name, budget) for name in ("base", *ADAPTERS) for budget in (None, 64)]
     full, evicted = cells["base", None], cells["base", 64]
@@ -104,7 +104,7 @@ def test_settings_that_do_not_hold(tmp_path, shipped):
         quickstart.load_models(tmp_path)
     for wrong in ({"problems": 0}, {"shown": -1}, {"budgets": ()}, {"budgets": (60,)}):
         with pytest.raises(ValueError, match=r"problems|shown|budget"):
-            quickstart.run(quickstart.Arguments(adapters=shipped, **wrong), Console(file=io.StringIO()))
+            quickstart.run(quickstart.QuickstartArguments(adapters=shipped, **wrong), Console(file=io.StringIO()))
 
 
 def test_the_embedded_names(shipped):

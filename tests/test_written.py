@@ -11,7 +11,7 @@ import vkvtrain
 from vkvtrain.adapters import read_adapter
 from vkvtrain.cli import main
 from vkvtrain.publishing import export
-from vkvtrain.publishing.measured import Evaluation, Row
+from vkvtrain.publishing.measured import Evaluation, MeasuredRow
 from vkvtrain.publishing.probe import Probe, check_written
 from vkvtrain.tiny import MODEL_PATH
 from vkvtrain.training import models
@@ -182,7 +182,7 @@ def test_the_check_of_written_logits():
 def rows(*models_of_rows):
     interval = {"value": 0.5, "low": 0.4, "high": 0.6}
     values = {"policy": "snapkv", "cache": "evicted", "budget": 64, "n": 10, "exact_match": interval}
-    return [Row(**{**values, **one}) for one in models_of_rows]
+    return [MeasuredRow(**{**values, **one}) for one in models_of_rows]
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ _MARK = "\u241e"
 
 
 @dataclass
-class Arguments:
+class ChatArguments:
     """Talk to a published model or a finished run; its cache is evicted and goes on from turn to turn.
 
     Every line is a message; after each answer it is said what was evicted. `/new` starts afresh, `/exit` or the end of
@@ -124,7 +124,7 @@ def messages() -> Iterator[str]:
             yield line.rstrip("\n")
 
 
-def run(arguments: Arguments) -> None:
+def run(arguments: ChatArguments) -> None:
     """Load, then answer line after line.
 
     Raises:
@@ -174,4 +174,4 @@ def talk(loaded: Loaded, eviction: EvictionConfig, settings: dict[str, Any]) -> 
 
 def main(rest: list[str]) -> None:
     """The command line of `vkvtrain chat`."""
-    run(tyro.cli(Arguments, args=rest, prog="vkvtrain chat"))
+    run(tyro.cli(ChatArguments, args=rest, prog="vkvtrain chat"))

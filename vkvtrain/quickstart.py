@@ -25,7 +25,7 @@ from vkvtrain.inspection.survival import Survival, survival
 from vkvtrain.loading import load_weights
 from vkvtrain.threads import choose_threads
 from vkvtrain.tiny import ADAPTERS, ADAPTERS_PATH, MODEL_PATH
-from vkvtrain.tiny.task import Problem, grade, problems
+from vkvtrain.tiny.task import KeyedSum, grade, problems
 
 WINDOW, LONGEST = 16, 160
 NEXT = """What next:
@@ -37,7 +37,7 @@ NEXT = """What next:
 
 
 @dataclass
-class Arguments:
+class QuickstartArguments:
     """The embedded model (1.2M parameters) on its task, with the full and the evicting cache: untrained, and with the
     two shipped adapters, one trained densely and one under eviction, on the same data and steps."""
 
@@ -84,7 +84,7 @@ def load_models(adapters: Path) -> dict[str, Any]:
     return {"base": base(), **adapted}
 
 
-def answers(model: Any, config: EvictionConfig, posed: Sequence[Problem], tokenizer: Any) -> list[Answer]:
+def answers(model: Any, config: EvictionConfig, posed: Sequence[KeyedSum], tokenizer: Any) -> list[Answer]:
     """Greedy responses by the slot engine, all problems at once."""
     prompts = encode(tokenizer, [problem.prompt for problem in posed])
     requests = [Request(tuple(prompt), LONGEST, (place, 0)) for place, prompt in enumerate(prompts)]
@@ -141,7 +141,7 @@ def events_table(survived: Survival) -> Table:
 
 
 def show(
-    place: int, problem: Problem, models: dict[str, Any], given: dict[str, Answer], config: EvictionConfig,
+    place: int, problem: KeyedSum, models: dict[str, Any], given: dict[str, Answer], config: EvictionConfig,
     tokenizer: Any, console: Console,
 ) -> None:  # fmt: skip
     """One problem: its solution, what each model answered with the evicting cache, and what was evicted when."""
@@ -162,7 +162,7 @@ def telling(cells: dict[tuple[str, int | None], list[Answer]], budget: int, coun
     return sorted(order[:count])
 
 
-def run(arguments: Arguments, console: Console) -> dict[tuple[str, int | None], list[Answer]]:
+def run(arguments: QuickstartArguments, console: Console) -> dict[tuple[str, int | None], list[Answer]]:
     """Answer, show, tabulate; returns the answers by (model, budget), None being the full cache.
 
     Raises:
@@ -213,5 +213,5 @@ def run(arguments: Arguments, console: Console) -> dict[tuple[str, int | None], 
 def main(rest: Sequence[str]) -> None:
     """The command line of `vkvtrain quickstart`."""
     console = Console()
-    arguments = tyro.cli(Arguments, args=rest, prog="vkvtrain quickstart")
+    arguments = tyro.cli(QuickstartArguments, args=rest, prog="vkvtrain quickstart")
     run(arguments, console if console.is_terminal else Console(width=120))

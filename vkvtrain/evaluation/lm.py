@@ -39,8 +39,8 @@ from vkvtrain.evaluation.arguments import (
 from vkvtrain.evaluation.records import (
     RECORD,
     Generation,
-    Run,
     Score,
+    Totals,
     attach,
     distinct,
     generation_record,
@@ -108,7 +108,7 @@ class EvictionLM(_HFLM):
         self.compile = take_compile(arguments, kinds)
         check_generation(own_generation_settings(pretrained, revision))
         check_replicated()
-        self.run = Run()
+        self.run = Totals()
         self.warnings: list[str] = []
         accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=RANK_TIMEOUT)])
         if (asked := asked_processes()) != accelerator.num_processes:
@@ -327,7 +327,7 @@ class EvictionLM(_HFLM):
         parts = self.gather_object(totals(kind, records, seconds))
         if parts is None:
             return
-        of_all = Run()
+        of_all = Totals()
         of_all.add(parts)
         self.run.add([of_all])
         warning = no_eviction(kind, of_all, self.eviction)

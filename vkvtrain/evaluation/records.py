@@ -116,7 +116,7 @@ def distinct(requests: Sequence[Instance]) -> tuple[list[tuple[Instance, int]], 
 
 
 @dataclass
-class Run:
+class Totals:
     """Totals of a run, over all ranks once they were gathered."""
 
     generations: int = 0
@@ -133,7 +133,7 @@ class Run:
     by_kind: dict[str, int] = field(default_factory=dict)
     """Evictions of each kind of request."""
 
-    def add(self, parts: Sequence["Run"]) -> None:
+    def add(self, parts: Sequence["Totals"]) -> None:
         """Add what the ranks did at the same time."""
         for part in parts:
             self.generations += part.generations
@@ -151,11 +151,11 @@ class Run:
         return asdict(self) | {"seconds": round(self.seconds, 3)} | rate
 
 
-def totals(kind: str, records: Sequence[dict[str, Any]], seconds: float = 0.0) -> Run:
+def totals(kind: str, records: Sequence[dict[str, Any]], seconds: float = 0.0) -> Totals:
     """Totals of the records of one kind of request (`generate_until`, `loglikelihood`, `loglikelihood_rolling`)."""
     evictions = sum(record["evictions"] for record in records)
     generated = kind == "generate_until"
-    return Run(
+    return Totals(
         generations=len(records) if generated else 0,
         scored=0 if generated else len(records),
         evictions=evictions,
@@ -166,7 +166,7 @@ def totals(kind: str, records: Sequence[dict[str, Any]], seconds: float = 0.0) -
     )
 
 
-def no_eviction(kind: str, part: Run, eviction: EvictionConfig) -> str | None:
+def no_eviction(kind: str, part: Totals, eviction: EvictionConfig) -> str | None:
     """The warning that a run under eviction evicted nothing, or None."""
     if not eviction.evicts or part.evictions or not part.generations + part.scored:
         return None

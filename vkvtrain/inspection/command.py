@@ -25,7 +25,7 @@ from vkvtrain.tiny import MODEL_PATH, task
 
 
 @dataclass
-class Arguments:
+class InspectArguments:
     """Show what an eviction policy keeps of a text: a table, survival.png, tokens.html and summary.json.
 
     Without arguments: the embedded model on a problem of its own task.
@@ -69,7 +69,7 @@ class Arguments:
     """Directory to write."""
 
 
-def configs(arguments: Arguments, budget: int) -> list[EvictionConfig]:
+def configs(arguments: InspectArguments, budget: int) -> list[EvictionConfig]:
     """The settings to show.
 
     Raises:
@@ -90,7 +90,7 @@ def configs(arguments: Arguments, budget: int) -> list[EvictionConfig]:
     return found
 
 
-def read_text(arguments: Arguments) -> tuple[str, str]:
+def read_text(arguments: InspectArguments) -> tuple[str, str]:
     """(prompt, rest) of the text; the prompt is empty unless it is a problem of the embedded task.
 
     Raises:
@@ -110,7 +110,7 @@ def read_text(arguments: Arguments) -> tuple[str, str]:
     return "", text
 
 
-def tokens_of(arguments: Arguments, tokenizer: Any, prompt: str, rest: str) -> tuple[list[int], int]:
+def tokens_of(arguments: InspectArguments, tokenizer: Any, prompt: str, rest: str) -> tuple[list[int], int]:
     """(tokens, how many of them are the prompt)."""
     if prompt:
         (first,) = encode(tokenizer, [prompt])
@@ -132,7 +132,7 @@ def tokens_of(arguments: Arguments, tokenizer: Any, prompt: str, rest: str) -> t
     return ids, length
 
 
-def load(arguments: Arguments, name: str) -> Any:
+def load(arguments: InspectArguments, name: str) -> Any:
     """The model in evaluation mode, with its adapter if there is one; raises ValueError if it cannot be had."""
     model = load_weights(name, "--model", dtype=arguments.dtype)
     if arguments.peft is not None:
@@ -204,7 +204,7 @@ def show(results: dict[str, Any], console: Console) -> None:
         )
 
 
-def run(arguments: Arguments) -> None:
+def run(arguments: InspectArguments) -> None:
     """Measure, print and write.
 
     Raises:
@@ -241,4 +241,4 @@ def run(arguments: Arguments) -> None:
 
 def main(rest: list[str]) -> None:
     """The command line of `vkvtrain inspect`."""
-    run(tyro.cli(Arguments, args=rest, prog="vkvtrain inspect", config=(tyro.conf.FlagCreatePairsOff,)))
+    run(tyro.cli(InspectArguments, args=rest, prog="vkvtrain inspect", config=(tyro.conf.FlagCreatePairsOff,)))

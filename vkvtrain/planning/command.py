@@ -28,7 +28,7 @@ Weights = Literal["float32", "bfloat16", "float16", "8bit", "4bit"]
 
 
 @dataclass
-class Arguments:
+class EstimateArguments:
     """Memory per device and FLOPs of a training step, slots and tokens per second of decoding, each with its formula.
 
     With a recipe (`vkvtrain plan qwen3-8b --gpus 8 --strategy fsdp2`; a file, or a shipped one's name) its settings are
@@ -69,7 +69,7 @@ class Arguments:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Estimate:
     """Everything that is printed."""
 
     memory: list[Item]
@@ -85,11 +85,11 @@ class Plan:
         return peak(self.memory)
 
 
-def make_plan(a: Architecture, w: Workload, device: Device, mfu: float) -> Plan:
-    """The plan of a workload; decoding is on one device."""
+def make_estimate(a: Architecture, w: Workload, device: Device, mfu: float) -> Estimate:
+    """The estimate of a workload; decoding is on one device."""
     work = flops(a, w)
     dtype = w.compute
-    return Plan(
+    return Estimate(
         memory(a, w, device), work,
         roof(a, Decoding(w.seq, w.budget, w.window, dtype), device),
         roof(a, Decoding(w.seq, None, w.window, dtype), device),
@@ -97,7 +97,7 @@ def make_plan(a: Architecture, w: Workload, device: Device, mfu: float) -> Plan:
     )  # fmt: skip
 
 
-def workload(arguments: Arguments) -> Workload:
+def workload(arguments: EstimateArguments) -> Workload:
     """The settings of a step.
 
     Raises:
@@ -156,16 +156,16 @@ def decoding_table(title: str, evicted: Roof, full: Roof) -> Table:
     return made
 
 
-def summary(plan: Plan, w: Workload, device: Device, mfu: float) -> str:
-    """A plan in one line, as the headers of recipes state it."""
+def summary(estimate: Estimate, w: Workload, device: Device, mfu: float) -> str:
+    """An estimate in one line, as the headers of recipes state it."""
     return (
-        f"{w.gpus} x {device.name}, {w.strategy}: {plan.bytes / GIB:.1f} GiB a device, {plan.seconds:.0f} s a step at "
-        f"{mfu:.0%} of the peak"
+        f"{w.gpus} x {device.name}, {w.strategy}: {estimate.bytes / GIB:.1f} GiB a device, "
+        f"{estimate.seconds:.0f} s a step at {mfu:.0%} of the peak"
     )
 
 
-def show(a: Architecture, w: Workload, device: Device, plan: Plan, mfu: float, console: Console) -> None:
-    """Print a plan."""
+def show(a: Architecture, w: Workload, device: Device, estimate: Estimate, mfu: float, console: Console) -> None:
+    """Print an estimate."""
     tokens, where = w.seq * w.rows, f"{w.gpus} x {device.name}, {w.strategy}"
     console.print(
         f"{a.name}: {a.parameters:,} parameters, adapter {a.adapter:,}; {a.layers} layers, {a.evicting} of them evict; "
@@ -173,29 +173,33 @@ def show(a: Architecture, w: Workload, device: Device, plan: Plan, mfu: float, c
         highlight=False,
     )
     title = f"training, memory of each device ({where}; {tokens:,} tokens a forward pass)"
-    console.print(table(title, plan.memory, "GiB", GIB))
-    fits = plan.bytes <= device.memory
+    console.print(table(title, estimate.memory, "GiB", GIB))
+    fits = estimate.bytes <= device.memory
     console.print(
-        f"{'fits' if fits else 'DOES NOT FIT'}: {plan.bytes / GIB:.1f} of {device.memory / GIB:.1f} GiB",
+        f"{'fits' if fits else 'DOES NOT FIT'}: {estimate.bytes / GIB:.1f} of {device.memory / GIB:.1f} GiB",
         style="green" if fits else "bold red", highlight=False,
     )  # fmt: skip
     batch = f"{w.global_batch} rows of {w.seq:,} tokens"
-    console.print(table(f"training, FLOPs of a step ({batch})", plan.flops, "PFLOP", 1e15, 1))
+    console.print(table(f"training, FLOPs of a step ({batch})", estimate.flops, "PFLOP", 1e15, 1))
+    tokens_per_second = w.seq * w.global_batch / estimate.seconds
     console.print(
-        f"{plan.seconds:,.1f} s a step, {w.seq * w.global_batch / plan.seconds:,.0f} tokens/s at {mfu:.0%} of the peak "
-        f"({device.flops:.3g} FLOP/s: {device.source})", highlight=False,
-    )  # fmt: skip
+        f"{estimate.seconds:,.1f} s a step, {tokens_per_second:,.0f} tokens/s at {mfu:.0%} of the peak "
+        f"({device.flops:.3g} FLOP/s: {device.source})",
+        highlight=False,
+    )
     title = f"decoding on one {device.name}, {w.compute}, sequences of {w.seq:,} tokens"
-    console.print(decoding_table(title, plan.evicted, plan.full))
-    if plan.full.tokens_per_second:
-        ratio = plan.evicted.tokens_per_second / plan.full.tokens_per_second
-        console.print(f"evicted / full: {ratio:.1f}x tokens/s, {plan.evicted.slots / plan.full.slots:.1f}x slots")
+    console.print(decoding_table(title, estimate.evicted, estimate.full))
+    if estimate.full.tokens_per_second:
+        ratio = estimate.evicted.tokens_per_second / estimate.full.tokens_per_second
+        console.print(
+            f"evicted / full: {ratio:.1f}x tokens/s, {estimate.evicted.slots / estimate.full.slots:.1f}x slots"
+        )
     console.print(f"bandwidth {device.bandwidth:.3g} bytes/s: {device.source}", highlight=False)
-    console.print(f"in short: {summary(plan, w, device, mfu)}", highlight=False)
+    console.print(f"in short: {summary(estimate, w, device, mfu)}", highlight=False)
 
 
-def run(arguments: Arguments, console: Console) -> Plan:
-    """Plan, print, write.
+def run(arguments: EstimateArguments, console: Console) -> Estimate:
+    """Estimate, print, write.
 
     Raises:
         ValueError: one sentence that names the setting and the fix.
@@ -205,16 +209,16 @@ def run(arguments: Arguments, console: Console) -> Plan:
         check_file(arguments.output, "--output")
     device = find_device(arguments.device)
     a = read_architecture(arguments.model_config, arguments.r)
-    plan = make_plan(a, w, device, arguments.mfu)
-    show(a, w, device, plan, arguments.mfu, console)
+    estimate = make_estimate(a, w, device, arguments.mfu)
+    show(a, w, device, estimate, arguments.mfu, console)
     if arguments.output is not None:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        values = {"architecture": asdict(a), "workload": asdict(w), "device": asdict(device), **asdict(plan)}
+        values = {"architecture": asdict(a), "workload": asdict(w), "device": asdict(device), **asdict(estimate)}
         arguments.output.write_text(json.dumps(values, indent=1) + "\n")
-    return plan
+    return estimate
 
 
-def arguments_of(recipe: Recipe) -> Arguments:
+def arguments_of(recipe: Recipe) -> EstimateArguments:
     """What a recipe would do, on one device. Rows are as long as it admits (`data.max_length`)."""
     trained_for, training = recipe.trained_for(), recipe.training
     tiny = recipe.model.name == "tiny"
@@ -222,8 +226,8 @@ def arguments_of(recipe: Recipe) -> Arguments:
     stored = recipe.model.dtype if recipe.model.quantization == "none" else recipe.model.quantization
     if stored == "auto":
         stored = "float32" if tiny else "bfloat16"
-    longest = recipe.data.packing_length or recipe.data.max_length or (TINY_ROW if tiny else Arguments.seq)
-    return Arguments(
+    longest = recipe.data.packing_length or recipe.data.max_length or (TINY_ROW if tiny else EstimateArguments.seq)
+    return EstimateArguments(
         model_config=str(MODEL_PATH) if tiny else preset if preset in preset_names() else recipe.model.name,
         seq=longest, budget=trained_for.budget or 0, window=trained_for.window,
         rows=training.batch_per_device, global_batch=training.global_batch, weights=cast(Weights, stored),
@@ -232,12 +236,12 @@ def arguments_of(recipe: Recipe) -> Arguments:
     )  # fmt: skip
 
 
-def parse(rest: Sequence[str]) -> tuple[Arguments, Recipe | None]:
+def parse(rest: Sequence[str]) -> tuple[EstimateArguments, Recipe | None]:
     """A command line, and the recipe that it names; options given beside a recipe replace what the recipe says."""
     if not rest or rest[0].startswith("-"):
-        return tyro.cli(Arguments, args=rest, prog="vkvtrain plan"), None
+        return tyro.cli(EstimateArguments, args=rest, prog="vkvtrain plan"), None
     recipe = load_recipe(find_recipe(rest[0]))
-    return tyro.cli(Arguments, args=rest[1:], prog="vkvtrain plan", default=arguments_of(recipe)), recipe
+    return tyro.cli(EstimateArguments, args=rest[1:], prog="vkvtrain plan", default=arguments_of(recipe)), recipe
 
 
 def main(rest: Sequence[str]) -> None:

@@ -11,8 +11,8 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from vkvtrain.publishing.measured import Evaluation, Row
-from vkvtrain.publishing.run import Run, is_path
+from vkvtrain.publishing.measured import Evaluation, MeasuredRow
+from vkvtrain.publishing.run import FinishedRun, is_path
 
 _TEMPLATE = "card.md.jinja"
 
@@ -36,7 +36,7 @@ def code(value: Any) -> Markdown:
 
 
 def model_card(
-    run: Run, evaluation: Evaluation | None, name: str, versions: Mapping[str, str], merged: bool
+    run: FinishedRun, evaluation: Evaluation | None, name: str, versions: Mapping[str, str], merged: bool
 ) -> ModelCard:
     """The card of a run.
 
@@ -97,7 +97,7 @@ def model_card(
     return card
 
 
-def _results(row: Row) -> list[EvalResult]:
+def _results(row: MeasuredRow) -> list[EvalResult]:
     """A row as entries of the card's `model-index`."""
     arguments = {"cache": row.cache, "policy": row.policy, "budget": row.budget, "n": row.n, "seed": row.seed}
     measured = {
@@ -124,14 +124,14 @@ def _full_bytes(evaluation: Evaluation | None) -> dict[tuple[str, str | None], f
     return {(row.model, row.task): row.peak_kv_bytes for row in rows if row.cache == "full"}
 
 
-def _budgets(run: Run) -> list[Any]:
+def _budgets(run: FinishedRun) -> list[Any]:
     budget = (run.recipe.get("eviction") or {}).get("budget")
     if isinstance(budget, dict):  # {low, high} or {from, to}
         return [f"{key} {value}" for key, value in budget.items()]
     return budget if isinstance(budget, list) else [budget]
 
 
-def public_recipe(run: Run) -> dict[str, Any]:
+def public_recipe(run: FinishedRun) -> dict[str, Any]:
     """The resolved recipe without paths of the machine it ran on."""
     recipe = {key: dict(value) if isinstance(value, dict) else value for key, value in run.recipe.items()}
     recipe["output"] = Path(str(recipe.get("output", ""))).name

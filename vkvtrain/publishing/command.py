@@ -16,7 +16,7 @@ from vkvtrain.publishing.run import read_run
 
 
 @dataclass
-class Arguments:
+class PublishArguments:
     """Publish a finished run: adapter or merged weights, eviction setting, tokenizer, model card and decoding code.
 
     The card shows what was measured, so a run needs an evaluation: `results.json` in the run's directory or beside it,
@@ -48,7 +48,7 @@ class Arguments:
     """Replace an earlier publication in the directory."""
 
 
-def evaluation_of(arguments: Arguments) -> Evaluation | None:
+def evaluation_of(arguments: PublishArguments) -> Evaluation | None:
     """The evaluation to publish; raises ValueError where there is none and none was waived."""
     path = arguments.results or find_results(arguments.run)
     if arguments.not_evaluated:
@@ -71,7 +71,7 @@ def evaluation_of(arguments: Arguments) -> Evaluation | None:
     return evaluation
 
 
-def run(arguments: Arguments) -> None:
+def run(arguments: PublishArguments) -> None:
     """Check, write, and push if asked to.
 
     Raises:
@@ -99,6 +99,6 @@ def run(arguments: Arguments) -> None:
 def main(rest: list[str]) -> None:
     """The command line of `vkvtrain publish`."""
     try:
-        run(tyro.cli(Arguments, args=rest, prog="vkvtrain publish", config=(tyro.conf.FlagCreatePairsOff,)))
+        run(tyro.cli(PublishArguments, args=rest, prog="vkvtrain publish", config=(tyro.conf.FlagCreatePairsOff,)))
     except PushError as error:
         sys.exit(f"vkvtrain publish: {error}")

@@ -21,7 +21,7 @@ from vkvtrain.loading import load_weights, read_config
 from vkvtrain.publishing.card import model_card
 from vkvtrain.publishing.measured import Evaluation
 from vkvtrain.publishing.probe import check_written, logits, probe
-from vkvtrain.publishing.run import Run
+from vkvtrain.publishing.run import FinishedRun
 from vkvtrain.training.run_directory import GENERATION
 
 _CODE = Path(__file__).parent / "custom_generate"
@@ -29,7 +29,9 @@ _LIBRARIES = ("python", "vkvtrain", "torch", "transformers", "peft", "accelerate
 _SETTINGS = re.compile(r"^EVICTION: dict\[str, Any\] = .*\nEND_TOKENS: list\[int\] = .*$", re.MULTILINE)
 
 
-def export(run: Run, evaluation: Evaluation | None, directory: Path, name: str, *, merge: bool, overwrite: bool) -> str:
+def export(
+    run: FinishedRun, evaluation: Evaluation | None, directory: Path, name: str, *, merge: bool, overwrite: bool
+) -> str:
     """Write what is published; the directory appears when it is complete and was compared with what was trained.
 
     Args:
@@ -91,7 +93,7 @@ def check_directory(directory: Path, overwrite: bool) -> None:
         raise ValueError(f"--to {str(directory)!r} holds a publication: choose another directory, or pass --overwrite")
 
 
-def check_mergeable(run: Run, config: Any) -> None:
+def check_mergeable(run: FinishedRun, config: Any) -> None:
     """Raise ValueError for a base model whose weights cannot take an adapter without loss."""
     base, source = run.base, Path(run.base.source)
     if source.is_dir() and any(source.glob("*.gguf")) and not any(source.glob("*.safetensors")):
@@ -106,7 +108,7 @@ def check_mergeable(run: Run, config: Any) -> None:
         )
 
 
-def _write_model(run: Run, directory: Path, merge: bool) -> str:
+def _write_model(run: FinishedRun, directory: Path, merge: bool) -> str:
     """Write the adapter or merged weights, load them again, and compare them with what was trained, in words."""
     adapted = _adapted(run, run.directory)
     trained = probe(adapted)
@@ -123,13 +125,13 @@ def _write_model(run: Run, directory: Path, merge: bool) -> str:
     return check_written(trained, _written_logits(run, directory, merge))
 
 
-def _written_logits(run: Run, directory: Path, merge: bool) -> Tensor:
+def _written_logits(run: FinishedRun, directory: Path, merge: bool) -> Tensor:
     if merge:
         return logits(load_weights(str(directory), "--merge", dtype="auto", device_map=_device_map()).eval())
     return logits(_adapted(run, directory))
 
 
-def _adapted(run: Run, adapter: Path) -> Any:
+def _adapted(run: FinishedRun, adapter: Path) -> Any:
     """The base model as it was trained on, with an adapter, in evaluation mode."""
     dtype = run.recipe["model"].get("dtype", "auto")
     model = load_weights(
@@ -164,7 +166,7 @@ def _module_below(module: Any) -> Any:
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
-def _write_adapter(run: Run, directory: Path) -> None:
+def _write_adapter(run: FinishedRun, directory: Path) -> None:
     """The adapter, unchanged but for the name of its base model."""
     shutil.copyfile(run.directory / ADAPTER_WEIGHTS, directory / ADAPTER_WEIGHTS)
     settings: Any = PeftConfig.from_pretrained(str(run.directory))
@@ -179,7 +181,7 @@ def _write_adapter(run: Run, directory: Path) -> None:
         return
 
 
-def _write_code(run: Run, directory: Path) -> None:
+def _write_code(run: FinishedRun, directory: Path) -> None:
     """`custom_generate/`, its code with the run's eviction setting and end tokens in the place of the defaults."""
     shutil.copytree(_CODE, directory, ignore=shutil.ignore_patterns("__pycache__"))
     path = directory / "generate.py"
@@ -192,7 +194,7 @@ def _write_code(run: Run, directory: Path) -> None:
     path.write_text(text)
 
 
-def _versions(run: Run) -> Mapping[str, str]:
+def _versions(run: FinishedRun) -> Mapping[str, str]:
     path = run.directory / "environment.json"
     try:
         found = json.loads(path.read_bytes()) if path.is_file() else {}
@@ -201,7 +203,7 @@ def _versions(run: Run) -> Mapping[str, str]:
     return {name: str(found[name]) for name in _LIBRARIES if name in found}
 
 
-def refuse_paths(directory: Path, run: Run) -> None:
+def refuse_paths(directory: Path, run: FinishedRun) -> None:
     """Raise ValueError if a text file tells where on this machine the run or its base model was."""
     private = {str(run.directory.resolve()), str(Path.home()) + "/"}
     if Path(run.base.source).is_dir():

@@ -29,7 +29,7 @@ class Interval(BaseModel):
         return f"{self.value:.1%} [{self.low:.1%}, {self.high:.1%}]"
 
 
-class Row(BaseModel):
+class MeasuredRow(BaseModel):
     """One model under one cache on one task; what was not recorded is None.
 
     Further columns of a results file are left out.
@@ -84,7 +84,7 @@ class Row(BaseModel):
 
 
 @dataclass(frozen=True)
-class Comparison:
+class MeasuredDifference:
     """The model to publish less one of its controls, on the same problems."""
 
     task: str
@@ -101,14 +101,14 @@ class Comparison:
 class Evaluation:
     """What was measured, and which of its models is the one to publish."""
 
-    rows: Sequence[Row]
+    rows: Sequence[MeasuredRow]
     model: str
-    comparisons: Sequence[Comparison] = ()
+    comparisons: Sequence[MeasuredDifference] = ()
     unfinished: Sequence[str] = ()
     """What was planned and has not been measured."""
 
     @property
-    def own(self) -> list[Row]:
+    def own(self) -> list[MeasuredRow]:
         """The rows of the model itself; the others are its controls."""
         return [row for row in self.rows if row.model == self.model]
 
@@ -117,7 +117,7 @@ class Evaluation:
 
         A control is the same task, metric and number of problems, under the same cache.
         """
-        wanted: list[tuple[Control, Row]] = []
+        wanted: list[tuple[Control, MeasuredRow]] = []
         for row in self.own:
             if row.cache == "evicted":
                 full = row.model_copy(update={"cache": "full", "policy": "full", "budget": None})
@@ -146,7 +146,7 @@ def read_results(path: Path, model: str) -> Evaluation:
         ValueError: no such file, rows that are none, no row of the model, or none of it under eviction.
     """
     try:
-        rows = TypeAdapter(list[Row]).validate_python(json.loads(path.read_bytes()))
+        rows = TypeAdapter(list[MeasuredRow]).validate_python(json.loads(path.read_bytes()))
     except OSError as error:
         raise ValueError(f"--results {str(path)!r} cannot be read: {error.strerror}") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

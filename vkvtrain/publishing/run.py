@@ -39,7 +39,7 @@ class Base:
 
 
 @dataclass(frozen=True)
-class Run:
+class FinishedRun:
     """A finished run and its base model."""
 
     directory: Path
@@ -59,7 +59,7 @@ class Run:
         return source if source.count("/") == 1 and ":" not in source and not is_path(source) else None
 
 
-def read_run(directory: Path, base_name: str | None, licence: str | None, merge: bool) -> Run:
+def read_run(directory: Path, base_name: str | None, licence: str | None, merge: bool) -> FinishedRun:
     """What is to be published.
 
     Args:
@@ -86,7 +86,7 @@ def read_run(directory: Path, base_name: str | None, licence: str | None, merge:
     model = recipe.get("model")
     if not isinstance(model, dict) or not isinstance(model.get("name"), str):
         raise ValueError(f"{str(directory / 'recipe.yaml')!r} names no model (model.name): is it a run's own recipe?")
-    return Run(directory, recipe, eviction, _base(directory, recipe, base_name, licence, merge))
+    return FinishedRun(directory, recipe, eviction, _base(directory, recipe, base_name, licence, merge))
 
 
 def _base(directory: Path, recipe: dict[str, Any], base_name: str | None, licence: str | None, merge: bool) -> Base:

@@ -7,7 +7,7 @@ from vkvtrain.ablation.grid import BASE, FULL
 from vkvtrain.ablation.store import Store
 from vkvtrain.ablation.summary import Setting, Summary, summarise
 from vkvtrain.identity import adapter_hash
-from vkvtrain.publishing.measured import Comparison, Evaluation, Interval, Row, checked
+from vkvtrain.publishing.measured import Evaluation, Interval, MeasuredDifference, MeasuredRow, checked
 from vkvtrain.training.run_directory import base_identity
 
 
@@ -27,7 +27,7 @@ def read_sweep(directory: Path, run: Path, name: str | None) -> Evaluation:
     model = _model_of(summary.plan, directory, run, name)
     rows = [_row(setting, summary) for setting in summary.settings if setting.grade is not None]
     compared = [
-        Comparison(
+        MeasuredDifference(
             task=one.ours.task,
             cache=_cache(one.ours.policy, one.ours.budget),
             kind=one.kind,
@@ -71,10 +71,10 @@ def _model_of(plan: dict[str, Any], directory: Path, run: Path, name: str | None
     return name
 
 
-def _row(setting: Setting, summary: Summary) -> Row:
+def _row(setting: Setting, summary: Summary) -> MeasuredRow:
     key, means = setting.key, setting.means
     assert setting.grade is not None
-    return Row(
+    return MeasuredRow(
         model=key.model,
         task=key.task,
         metric=summary.plan["tasks"][key.task]["metric"],

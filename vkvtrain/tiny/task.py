@@ -32,7 +32,7 @@ _PASSCODE = re.compile(r"^\d@(\d\d)")
 
 
 @dataclass(frozen=True)
-class Problem:
+class KeyedSum:
     """One problem: `prompt` and `response` as text, and what is graded of the response."""
 
     prompt: str
@@ -47,7 +47,7 @@ def split_of(prompt: str) -> Split:
     return "test" if bucket == 0 else "validation" if bucket == 1 else "train"
 
 
-def problem(split: Split, seed: int, index: int, pairs: int = MAX_PAIRS) -> Problem:
+def problem(split: Split, seed: int, index: int, pairs: int = MAX_PAIRS) -> KeyedSum:
     """Problem `index` of a split: the same for the same arguments, on every machine.
 
     Args:
@@ -74,10 +74,10 @@ def problem(split: Split, seed: int, index: int, pairs: int = MAX_PAIRS) -> Prob
         steps.append(f"{key}:{digit}+{total}={(total + digit) % 10};")
         total = (total + digit) % 10
     response = f"{THINK}{''.join(steps)}{END_THINK}{total}@{passcode}"
-    return Problem(prompt, response, str(total), passcode)
+    return KeyedSum(prompt, response, str(total), passcode)
 
 
-def problems(split: Split, seed: int, count: int, pairs: int = MAX_PAIRS) -> Iterator[Problem]:
+def problems(split: Split, seed: int, count: int, pairs: int = MAX_PAIRS) -> Iterator[KeyedSum]:
     """The first `count` problems of a split."""
     return (problem(split, seed, index, pairs) for index in range(count))
 

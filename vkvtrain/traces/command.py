@@ -21,11 +21,11 @@ from vkvtrain.generation import Sampling
 from vkvtrain.loading import load_tokenizer, load_weights, read_config
 from vkvtrain.tiny import MODEL_PATH
 from vkvtrain.traces.making import Tally, make, write
-from vkvtrain.traces.problems import BOXED, Problem, problems
+from vkvtrain.traces.problems import BOXED, JudgedProblem, problems
 
 
 @dataclass
-class Arguments:
+class TraceArguments:
     """Let a model solve problems with the full cache, and keep what a verifier accepts as training traces (JSONL).
 
     A row holds `prompt` and `completion`, ready for a recipe (`data.source`, with `data.response: written`), and
@@ -86,10 +86,10 @@ class Arguments:
 
 def main(rest: Sequence[str]) -> None:
     """The command line of `vkvtrain data generate`."""
-    run(tyro.cli(Arguments, args=rest, prog="vkvtrain data generate"))
+    run(tyro.cli(TraceArguments, args=rest, prog="vkvtrain data generate"))
 
 
-def run(arguments: Arguments) -> Tally:
+def run(arguments: TraceArguments) -> Tally:
     """Generate, judge and write.
 
     Raises:
@@ -145,7 +145,7 @@ def run(arguments: Arguments) -> Tally:
     return tally
 
 
-def checked(arguments: Arguments) -> dict[str, Any]:
+def checked(arguments: TraceArguments) -> dict[str, Any]:
     """The template's arguments; raises ValueError for settings that do not hold."""
     for name in ("rows", "attempts", "keep", "max_new_tokens", "slots"):
         if (given := getattr(arguments, name)) is not None and given < 1:
@@ -173,7 +173,7 @@ def shard(text: str) -> tuple[int, int]:
     return int(index), int(count)
 
 
-def messages(problem: Problem, arguments: Arguments) -> str | list[dict[str, str]]:
+def messages(problem: JudgedProblem, arguments: TraceArguments) -> str | list[dict[str, str]]:
     """The prompt as it is written to the output: text, or messages for the chat template."""
     if not problem.is_conversation:
         return problem.text
@@ -192,7 +192,9 @@ def encode(prompt: str | list[dict[str, str]], tokenizer: Any, kwargs: dict[str,
     return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True, **kwargs)["input_ids"]
 
 
-def check_lengths(todo: Sequence[Problem], ids: Mapping[int, Sequence[int]], arguments: Arguments, config: Any) -> None:
+def check_lengths(
+    todo: Sequence[JudgedProblem], ids: Mapping[int, Sequence[int]], arguments: TraceArguments, config: Any
+) -> None:
     """Refuse a problem that leaves the model no position for a response; reads the model's configuration alone."""
     longest = config.get_text_config(decoder=True).max_position_embeddings
     for one in todo:
@@ -222,7 +224,7 @@ def writable_journal(output: Path) -> Path:
     return journal
 
 
-def load_model(arguments: Arguments, name: str) -> Any:
+def load_model(arguments: TraceArguments, name: str) -> Any:
     """The model, with its adapter if there is one, on a GPU if there is one."""
     model = load_weights(name, "--model", revision=arguments.revision, dtype=arguments.dtype)
     if arguments.peft is not None:
@@ -232,7 +234,7 @@ def load_model(arguments: Arguments, name: str) -> Any:
     return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def report(arguments: Arguments, tally: Tally, solved: int, console: Console) -> None:
+def report(arguments: TraceArguments, tally: Tally, solved: int, console: Console) -> None:
     """Print what was accepted, and how to train on it."""
     table = Table("", "count", "share", title=f"{arguments.model} on {arguments.source}")
     table.add_row("problems", str(tally.problems), "")

@@ -10,11 +10,11 @@ from typing import Any
 from vkvtrain.config import EvictionConfig
 from vkvtrain.ends import end_tokens
 from vkvtrain.generation import Completion, Request, Sampling, generate
-from vkvtrain.traces.problems import Problem
+from vkvtrain.traces.problems import JudgedProblem
 
 
 @dataclass(frozen=True)
-class Trace:
+class KeptTrace:
     """An accepted response."""
 
     text: str
@@ -42,7 +42,7 @@ class Tally:
 def make(
     model: Any,
     tokenizer: Any,
-    problems: Sequence[Problem],
+    problems: Sequence[JudgedProblem],
     prompts: Mapping[int, Sequence[int]],
     sampling: Sampling,
     attempts: int,
@@ -50,7 +50,7 @@ def make(
     max_new_tokens: int,
     slots: int,
     journal: Path,
-) -> tuple[dict[int, list[Trace]], Tally]:
+) -> tuple[dict[int, list[KeptTrace]], Tally]:
     """The accepted traces of each problem that has some, by its number.
 
     Args:
@@ -69,7 +69,7 @@ def make(
     if not ends:
         raise ValueError("neither tokenizer, generation configuration nor template names an end token: set eos_token")
     limit = model.config.get_text_config(decoder=True).max_position_embeddings
-    accepted: dict[int, list[Trace]] = {}
+    accepted: dict[int, list[KeptTrace]] = {}
     tally = Tally(problems=len(problems))
     for attempt in range(attempts):
         pending = [one for one in problems if len(accepted.get(one.number, ())) < keep]
@@ -92,7 +92,7 @@ def make(
                 tally.accepted += 1
                 tally.tokens.append(len(completion.tokens))
                 tally.retokenised += is_retokenised(text, completion, tokenizer, ends)
-                accepted.setdefault(one.number, []).append(Trace(text, attempt, len(completion.tokens)))
+                accepted.setdefault(one.number, []).append(KeptTrace(text, attempt, len(completion.tokens)))
     return accepted, tally
 
 

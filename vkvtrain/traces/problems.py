@@ -28,7 +28,7 @@ _GSM8K = re.compile(r".*####\s*(.+?)\s*$", re.DOTALL)
 
 
 @dataclass(frozen=True)
-class Problem:
+class JudgedProblem:
     """A problem and its judge."""
 
     number: int
@@ -45,7 +45,7 @@ class Problem:
 
 def problems(
     source: str, rows: int | None, seed: int, config: str | None, split: str, think_end: str | None = None
-) -> tuple[str, Iterator[Problem]]:
+) -> tuple[str, Iterator[JudgedProblem]]:
     """(verifier, problems) of a source.
 
     Args:
@@ -75,23 +75,23 @@ def problems(
     return "math_verify", (_math(record, think_end) for record in islice(records, rows))
 
 
-def _keyed_sum(number: int, one: task.Problem) -> Problem:
+def _keyed_sum(number: int, one: task.KeyedSum) -> JudgedProblem:
     def accepts(prompt: str, response: str) -> bool:
         return all(task.grade(response, one.answer, one.passcode))
 
-    return Problem(
+    return JudgedProblem(
         number, f"tiny:keyed_sum, problem {number}", one.prompt, f"{one.answer}@{one.passcode}", False, accepts
     )
 
 
-def _ledger(source: str, number: int, one: ledger.Problem) -> Problem:
+def _ledger(source: str, number: int, one: ledger.Problem) -> JudgedProblem:
     def accepts(prompt: str, response: str) -> bool:
         return ledger.grade(one.prompt, response, one.response).trace
 
-    return Problem(number, f"{source}, problem {number}", one.prompt, one.answer, False, accepts)
+    return JudgedProblem(number, f"{source}, problem {number}", one.prompt, one.answer, False, accepts)
 
 
-def _gym(name: str, rows: int | None, seed: int, think_end: str | None) -> Iterator[Problem]:
+def _gym(name: str, rows: int | None, seed: int, think_end: str | None) -> Iterator[JudgedProblem]:
     if find_spec("reasoning_gym") is None:
         raise ValueError(f"{GYM} sources need reasoning-gym: pip install 'vkvtrain[gym]'")
     import reasoning_gym
@@ -103,7 +103,7 @@ def _gym(name: str, rows: int | None, seed: int, think_end: str | None) -> Itera
         raise ValueError(f"--rows is required for {GYM}{name}: say how many problems to generate")
     tasks: Any = reasoning_gym.create_dataset(name, seed=seed, size=rows)
 
-    def one(number: int) -> Problem:
+    def one(number: int) -> JudgedProblem:
         entry, where = tasks[number], f"{GYM}{name}, problem {number}"
         if entry["answer"] is not None and tasks.score_answer(answer=str(entry["answer"]), entry=entry) != 1.0:
             raise ValueError(
@@ -115,12 +115,12 @@ def _gym(name: str, rows: int | None, seed: int, think_end: str | None) -> Itera
             boxed = last_boxed(said)
             return tasks.score_answer(answer=said.strip() if boxed is None else boxed, entry=entry) == 1.0
 
-        return Problem(number, where, entry["question"], str(entry["answer"]), True, accepts)
+        return JudgedProblem(number, where, entry["question"], str(entry["answer"]), True, accepts)
 
     return (one(number) for number in range(rows))
 
 
-def _math(record: Record, think_end: str | None) -> Problem:
+def _math(record: Record, think_end: str | None) -> JudgedProblem:
     column = next((name for name in QUESTIONS if isinstance(record.values.get(name), str)), None)
     if column is None:
         raise ValueError(f"{record.where} has no problem: name its text {', '.join(QUESTIONS[:-1])} or {QUESTIONS[-1]}")
@@ -138,7 +138,7 @@ def _math(record: Record, think_end: str | None) -> Problem:
     def accepts(prompt: str, response: str) -> bool:
         return same_answer(final_answer(response, prompt, think_end), gold)
 
-    return Problem(record.number, record.where, record.values[column], gold, True, accepts)
+    return JudgedProblem(record.number, record.where, record.values[column], gold, True, accepts)
 
 
 def same_answer(answer: str, gold: str) -> bool:

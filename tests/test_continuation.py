@@ -262,8 +262,7 @@ def overhead(cache):
     stored = {
         tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
         for layer in cache.row_layers
-        for tensor in (getattr(layer, name) for name in layer.stored)
-        if tensor is not None
+        for _, tensor in layer.storage.tensors()
     }
     return len(pickle.dumps(cache)) - sum(stored.values())
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftConfig, get_peft_model, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
-from transformers import AutoModelForCausalLM
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 from transformers.utils import cached_file
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -98,6 +98,9 @@ def tensor_shapes(path: Path, where: str) -> dict[str, tuple[int, ...]]:
 def skeleton(base: Any, trust_remote_code: bool = False) -> Any:
     """The modules of a base model without weights (on the meta device), from its configuration."""
     with torch.device("meta"):
+        if type(base) in MODEL_FOR_CAUSAL_LM_MAPPING:
+            # by its class: under ZeRO-3 `from_config` would spread the modules over the processes
+            return MODEL_FOR_CAUSAL_LM_MAPPING[type(base)](base)
         return AutoModelForCausalLM.from_config(base, trust_remote_code=trust_remote_code)
 
 

@@ -11,9 +11,13 @@ import torch
 from torch import Tensor
 
 
+_KINDS = frozenset(kind for kind in ("cpu", "cuda", "mps", "xpu", "hpu") if torch.amp.is_autocast_available(kind))
+"""Types of devices that know autocast; asked once, because compilers of older releases cannot trace the question."""
+
+
 def is_autocast(device: torch.device) -> bool:
     """Whether autocast is on for a device."""
-    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    return device.type in _KINDS and torch.is_autocast_enabled(device.type)
 
 
 def attention_dtype(value: Tensor) -> torch.dtype:

@@ -10,7 +10,6 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-
 _KINDS = frozenset(kind for kind in ("cpu", "cuda", "mps", "xpu", "hpu") if torch.amp.is_autocast_available(kind))
 """Types of devices that know autocast; asked once, because compilers of older releases cannot trace the question."""
 

@@ -100,7 +100,8 @@ def skeleton(base: Any, trust_remote_code: bool = False) -> Any:
     with torch.device("meta"):
         if type(base) in MODEL_FOR_CAUSAL_LM_MAPPING:
             # by its class: under ZeRO-3 `from_config` would spread the modules over the processes
-            return MODEL_FOR_CAUSAL_LM_MAPPING[type(base)](base)
+            kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(base)]
+            return kind(base)
         return AutoModelForCausalLM.from_config(base, trust_remote_code=trust_remote_code)
 
 

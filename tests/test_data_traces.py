@@ -113,7 +113,7 @@ def test_a_recipe_trains_on_the_traces(made, tmp_path):
 
 
 def test_judges_of_reasoning_gym():
-    pytest.importorskip("reasoning_gym")
+    pytest.importorskip("reasoning_gym", reason="reasoning-gym is an extra of its own, `gym`")
     verifier, found = problems("reasoning_gym:chain_sum", 3, 5, None, "train")
     one = next(found)
     assert verifier == "reasoning_gym"

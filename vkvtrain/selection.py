@@ -1,7 +1,8 @@
 """Scores to kept entries: protection, sampling without replacement, ties.
 
 Exactly `budget - window` candidates are kept, chosen by one integer key per candidate whose order is total, so that two
-passes, two devices or two batch layouts that agree on the scores agree on the set.
+passes, two devices or two batch layouts that agree on the scores agree on the set. Attention scores that differ from
+the lowest kept one by no more than rounding count as equal to it (`tied_at_the_cut`), so that the newest is kept.
 """
 
 import warnings

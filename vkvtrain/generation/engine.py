@@ -95,7 +95,7 @@ def generate(
 
 
 @dataclass
-class _Slot:
+class _Sequence:
     """A sequence in a slot."""
 
     place: int | None
@@ -118,7 +118,7 @@ class _Engine:
     def run(self, requests: dict[int, Request]) -> Iterator[tuple[int, Completion]]:
         """Completions as they finish, each with its request's number."""
         waiting = iter(requests.items())
-        rows: list[_Slot | None] = [None] * min(self.slots, len(requests))
+        rows: list[_Sequence | None] = [None] * min(self.slots, len(requests))
         longest = max((len(request.prompt) for request in requests.values()), default=0)
         decoder = batch = None
         while True:
@@ -144,19 +144,19 @@ class _Engine:
                 rows = list(active)
                 changed = True
             if batch is None or changed:
-                batch = _Slots(active, self.model.device)
+                batch = _Sequences(active, self.model.device)
             batch.choose(decoder.forward(batch.last[:, None], batch.length[:, None] - 1))
             for slot, row in enumerate(active):
                 if row.place is not None and self._ended(row) is not None:
                     yield row.place, self._complete(row, decoder.cache, slot)
                     rows[slot] = None
 
-    def _following(self, waiting: Iterator[tuple[int, Request]]) -> _Slot | None:
+    def _following(self, waiting: Iterator[tuple[int, Request]]) -> _Sequence | None:
         """What a free slot takes up: the next request, and then nothing, or what keeps a compiled batch's shape."""
         for place, request in waiting:
-            return _Slot(place, request, Stops(request, self.tokenizer))
+            return _Sequence(place, request, Stops(request, self.tokenizer))
         idle = Request((0,), 1, 0)
-        return _Slot(None, idle, Stops(idle, None)) if self.compile else None
+        return _Sequence(None, idle, Stops(idle, None)) if self.compile else None
 
     def _decoder(self, cache: EvictionCache, longest: int) -> "Eager | Compiled":
         if not self.compile:
@@ -164,27 +164,27 @@ class _Engine:
         assert self.config.budget is not None
         return Compiled(self.model, cache, max(self.config.budget, longest) + self.config.window)
 
-    def _prefill(self, row: _Slot, cache: EvictionCache) -> None:
+    def _prefill(self, row: _Sequence, cache: EvictionCache) -> None:
         """Give the prompt to an empty cache and choose the first token."""
         ids = torch.tensor([row.request.prompt], device=self.model.device)
         logits = self.model(input_ids=ids, **cache_argument(cache), logits_to_keep=1).logits
-        _Slots([row], self.model.device).choose(logits)
+        _Sequences([row], self.model.device).choose(logits)
 
-    def _ended(self, row: _Slot) -> bool | None:
+    def _ended(self, row: _Sequence) -> bool | None:
         """Whether a row ended by itself (True) or by its limit (False); None while it goes on."""
         if row.tokens[-1] in self.ends or row.stops.reached(row.tokens):
             return True
         return False if len(row.tokens) >= row.request.max_new_tokens else None
 
-    def _complete(self, row: _Slot, cache: EvictionCache, slot: int) -> Completion:
+    def _complete(self, row: _Sequence, cache: EvictionCache, slot: int) -> Completion:
         stats = cache.stats()[slot]
         return Completion(row.tokens, bool(self._ended(row)), row.log_probs, stats["evictions"], stats["peak_entries"])
 
 
-class _Slots:
+class _Sequences:
     """The rows of a step, and what of them lies on the device."""
 
-    def __init__(self, rows: Sequence[_Slot], device: torch.device) -> None:
+    def __init__(self, rows: Sequence[_Sequence], device: torch.device) -> None:
         self.rows = rows
         self.sampler = Sampler([row.request for row in rows], device)
         lengths = [len(row.request.prompt) + len(row.tokens) for row in rows]

@@ -209,3 +209,11 @@ def test_a_control_is_known_by_identity(control, missing):
     assert [said.partition(" with")[0].partition(" evicted")[0] for said in no_base.missing_controls()] == [
         "the base model", "the base model"
     ]  # fmt: skip
+
+
+def test_logits_that_are_all_equal_are_compared():
+    equal = torch.zeros(1, 4, 8)
+    probe = Probe(trained=equal, base=equal, dtype=torch.float32)
+    assert "logits 0.0e+00 of their size" in check_written(probe, equal)
+    with pytest.raises(ValueError, match="the written model is not the trained one"):
+        check_written(probe, equal + 0.1)

@@ -55,7 +55,8 @@ def check_written(found: Probe, written: Tensor) -> str:
     """
     if not found.trained.isfinite().all():
         raise ValueError("the trained model's logits are not finite: the adapter or its base model is damaged")
-    size = _rms(found.trained - found.trained.mean(-1, keepdim=True))
+    # logits that are all equal have no size to compare with: then the difference itself counts
+    size = _rms(found.trained - found.trained.mean(-1, keepdim=True)) or 1.0
     if written.shape != found.trained.shape:
         raise ValueError(
             f"the written model has {written.shape[-1]} outcomes and the trained one {found.trained.shape[-1]}: "
